@@ -1,0 +1,24 @@
+"""Medusa on Ray, the core: heads, token trees, and an engine that decodes several tokens a step without loss."""
+
+from medusa.decoding import Typical
+from medusa.engine.engine import Engine, EngineStats
+from medusa.engine.sequence import Completion, Output, TokenLogprob
+from medusa.engine.speculation import StepTimes
+from medusa.heads import HeadsConfig, MedusaHeads
+from medusa.sampling import SamplingParams
+from medusa.tree import TokenTree
+
+__all__ = [
+    "Completion",
+    "Engine",
+    "EngineStats",
+    "HeadsConfig",
+    "MedusaHeads",
+    "Output",
+    "SamplingParams",
+    "StepTimes",
+    "TokenLogprob",
+    "TokenTree",
+    "Typical",
+]
+__version__ = "0.1.0"

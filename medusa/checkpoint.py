@@ -1,0 +1,241 @@
+"""A Medusa checkpoint: a folder of safetensors and JSON that says which backbone it belongs to.
+
+    medusa_lm_head.safetensors   the heads, in the layout that the Medusa reference, TGI and vLLM <= 0.32 read
+    config.json                  the keys that those loaders need
+    medusa.json                  backbone digests, calibration, trees, provenance (CheckpointMeta)
+    README.md                    the model card
+
+Never pickle. Saving is atomic: the folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from medusa.config import strict, to_dict, validate
+from medusa.heads import HeadsConfig, MedusaHeads
+from medusa.model import Backbone
+
+SCHEMA_VERSION = 1
+WEIGHTS = "medusa_lm_head.safetensors"
+META = "medusa.json"
+CONFIG = "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+class CheckpointError(ValueError):
+    """The folder is not a usable Medusa checkpoint; the message says what was found and what is needed."""
+
+
+class CheckpointMismatchError(CheckpointError):
+    """The checkpoint belongs to another backbone; the message holds both digests."""
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class BackboneRef:
+    """The backbone that the heads were trained on."""
+
+    name: str
+    weights_digest: str
+    tokenizer_digest: str | None = None
+    revision: str | None = None
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """`accuracy[head][rank]` over `num_positions` of the backbone's own replies at `temperature`, and the tokens a
+    step that a walk over those replies measured for each tree of the ladder (empty: not measured)."""
+
+    accuracy: list[list[float]]
+    num_positions: int
+    temperature: float = 0.0
+    tokens_per_step: list[float] = field(default_factory=list)
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class CheckpointMeta:
+    """medusa.json. `trees` is the ladder as lists of paths; `training` tells what made the heads."""
+
+    heads: HeadsConfig
+    backbone: BackboneRef
+    schema_version: int = SCHEMA_VERSION
+    head_kind: str = "medusa"
+    calibration: Calibration | None = None
+    trees: list[list[list[int]]] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint, verified to hold finite weights."""
+
+    heads: MedusaHeads
+    meta: CheckpointMeta
+
+    @property
+    def config(self) -> HeadsConfig:
+        return self.meta.heads
+
+
+def save_checkpoint(directory: Path, heads: MedusaHeads, meta: CheckpointMeta, *, readme: str | None = None) -> None:
+    """Writes the folder atomically; an existing folder is an error, since checkpoints are never changed in place."""
+    directory = Path(directory)
+    if directory.exists():
+        raise CheckpointError(f"{directory} already exists; checkpoints are not overwritten, choose another folder")
+    if heads.config != meta.heads:
+        raise CheckpointError(f"heads are {heads.config}, but the meta data says {meta.heads}")
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir(parents=True)
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(_loader_config(meta), indent=2) + "\n")
+        (partial / META).write_text(json.dumps(to_dict(meta), indent=2) + "\n")
+        (partial / "README.md").write_text(readme or _default_readme(meta))
+        for file in partial.iterdir():
+            _fsync(file)
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _fsync(directory.parent)
+
+
+def load_checkpoint(directory: Path, backbone: Backbone | None = None) -> Checkpoint:
+    """Reads and verifies a checkpoint; with a backbone, also that the two belong together.
+
+    Raises CheckpointError (missing or broken files, pickle, NaN) or CheckpointMismatchError (another backbone).
+    """
+    directory = Path(directory)
+    meta = read_meta(directory)
+    if backbone is not None:
+        check_pair(meta, backbone)
+    tensors = _read_weights(directory)
+    heads = MedusaHeads(meta.heads, tensors.get("token_map"))
+    expected, found = set(heads.state_dict()), set(tensors)
+    if expected != found:
+        raise CheckpointError(
+            f"{directory / WEIGHTS} does not fit its {META}: missing {sorted(expected - found)}, "
+            f"unexpected {sorted(found - expected)}"
+        )
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"tensor {name} of {directory / WEIGHTS} holds NaN or infinite values; train again")
+    if "0.0.linear.weight" in tensors:
+        heads = heads.to(tensors["0.0.linear.weight"].dtype)
+    try:
+        heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{directory / WEIGHTS} does not fit its {META}: {error}") from error
+    if backbone is not None:
+        heads = heads.to(backbone.device, backbone.dtype)
+    return Checkpoint(heads.eval().requires_grad_(False), meta)
+
+
+def read_meta(directory: Path) -> CheckpointMeta:
+    """medusa.json, checked."""
+    if not directory.is_dir():
+        raise CheckpointError(f"no checkpoint folder at {directory}")
+    pickles = sorted(file.name for file in directory.rglob("*") if file.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory} holds pickle files {pickles}, which can run code when loaded; only safetensors are read"
+        )
+    if not (directory / META).is_file():
+        raise CheckpointError(f"{directory} has no {META}; it is not a Medusa checkpoint of this project")
+    try:
+        content = json.loads((directory / META).read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{directory / META} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        found = content.get("schema_version") if isinstance(content, dict) else None
+        raise CheckpointError(f"{directory / META} has schema version {found}; this release reads {SCHEMA_VERSION}")
+    return validate(CheckpointMeta, content, source=str(directory / META))
+
+
+def update_meta(directory: Path, **changes: Any) -> CheckpointMeta:
+    """Rewrites fields of medusa.json atomically (calibration and trees come after training)."""
+    meta = dataclasses.replace(read_meta(directory), **changes)
+    partial = directory / f".{META}.partial"
+    partial.write_text(json.dumps(to_dict(meta), indent=2) + "\n")
+    _fsync(partial)
+    partial.rename(directory / META)
+    return meta
+
+
+def check_pair(meta: CheckpointMeta, backbone: Backbone) -> None:
+    """Raises CheckpointMismatchError unless the heads were trained on exactly these weights."""
+    if meta.backbone.weights_digest != backbone.digest:
+        raise CheckpointMismatchError(
+            f"these heads belong to {meta.backbone.name} ({meta.backbone.weights_digest}), but the backbone is "
+            f"{backbone.name} ({backbone.digest}); heads guess well only on the weights they were trained on"
+        )
+
+
+def directory_digest(directory: Path) -> str:
+    """sha256 over the folder's files: sorted relative paths, each with its own sha256."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
+        line = f"{file.relative_to(directory).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
+        digest.update(line.encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(directory / WEIGHTS)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory} has no {WEIGHTS}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{directory / WEIGHTS} is damaged: {error}") from error
+
+
+def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
+    """The superset of keys that other loaders read. Every "num…heads" must agree: vLLM folds them into one."""
+    heads = meta.heads
+    return {
+        "model_type": "medusa",
+        "architectures": ["MedusaModel"],
+        "hidden_size": heads.hidden_size,
+        "vocab_size": heads.vocab_size,
+        "medusa_num_heads": heads.num_heads,
+        "medusa_num_layers": heads.num_layers,
+        "num_heads": heads.num_heads,
+        "num_medusa_heads": heads.num_heads,
+        "num_hidden_layers": heads.num_layers,
+        "medusa_fc_bias": True,
+        "truncated_vocab_size": heads.head_vocab_size,
+        "original_lm_head": heads.vocabulary == "shared",
+        "base_model_name_or_path": meta.backbone.name,
+    }
+
+
+def _default_readme(meta: CheckpointMeta) -> str:
+    return (
+        f"# Medusa heads for {meta.backbone.name}\n\n"
+        f"{meta.heads.num_heads} heads of {meta.heads.num_layers} residual block(s), {meta.heads.vocabulary} vocabulary. "
+        f"They guess tokens ahead for the backbone with weights `{meta.backbone.weights_digest}` and no other.\n"
+    )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""The inference engine: sequence, scheduler, KV cache, runner, speculation policy, and the engine that holds them."""

@@ -1,0 +1,187 @@
+"""One reply in the making: its tokens, its text, and when it ends. Host data only; tensors live in the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medusa.sampling import SamplingParams
+from medusa.tokenizer import ChatTokenizer
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's log-probability under the model's own distribution, with the most likely alternatives, best first."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished reply. `token_ids` includes the EOS that ended it. `accepted_per_step` counts, for each decode step,
+    the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step."""
+
+    request_id: str
+    index: int
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    seed: int
+    accepted_per_step: list[int]
+    logprobs: list[TokenLogprob] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.accepted_per_step)
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens a decode step; 1.0 for a reply without decode steps."""
+        return sum(self.accepted_per_step) / self.num_steps if self.num_steps else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one reply. `finished` carries the whole reply when it ended with this step."""
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    text: str
+    num_draft_accepted: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    finished: Completion | None = None
+
+
+class Sequence:
+    """A reply being decoded. `row` is its place in the batch while it runs."""
+
+    def __init__(
+        self,
+        request_id: str,
+        index: int,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        tokenizer: ChatTokenizer,
+        max_new_tokens: int,
+    ) -> None:
+        self.request_id = request_id
+        self.index = index
+        self.prompt_ids = prompt_ids
+        self.params = params
+        self.seed = seed
+        self.max_new_tokens = max_new_tokens
+        self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
+        self.row = -1
+        self.output_ids: list[int] = []
+        self.accepted_per_step: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason: FinishReason | None = None
+        self._detokenizer = tokenizer.detokenizer()
+        self._text = ""
+        self._emitted = 0  # characters already given out
+
+    @property
+    def num_reserved(self) -> int:
+        """Positions that the reply can come to need, apart from a step's tree."""
+        return len(self.prompt_ids) + self.max_new_tokens
+
+    def append(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob] = (), *, decoded: bool = True) -> Output:
+        """Takes a step's tokens up to the first that ends the reply; what follows is dropped everywhere alike.
+
+        `decoded` is False for the prefill's token, which no decode step counts.
+        """
+        kept: list[int] = []
+        for token_id in token_ids:
+            kept.append(token_id)
+            self.output_ids.append(token_id)
+            if self._ends_with(token_id):
+                break
+        self.logprobs.extend(logprobs[: len(kept)])
+        if decoded:
+            self.accepted_per_step.append(len(kept))
+        return Output(
+            request_id=self.request_id,
+            index=self.index,
+            token_ids=kept,
+            text=self._next_text(),
+            num_draft_accepted=len(kept) - 1 if decoded else 0,
+            logprobs=list(logprobs[: len(kept)]) if self.params.logprobs is not None else None,
+            finished=self.completion() if self.finish_reason else None,
+        )
+
+    def abort(self) -> Output:
+        """Ends the reply where it is."""
+        self.finish_reason = "abort"
+        self._text += self._detokenizer.finish()
+        return Output(self.request_id, self.index, [], self._next_text(), finished=self.completion())
+
+    def completion(self) -> Completion:
+        assert self.finish_reason is not None
+        return Completion(
+            request_id=self.request_id,
+            index=self.index,
+            prompt_token_ids=self.prompt_ids,
+            token_ids=list(self.output_ids),
+            text=self._text,
+            finish_reason=self.finish_reason,
+            seed=self.seed,
+            accepted_per_step=list(self.accepted_per_step),
+            logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+        )
+
+    def _ends_with(self, token_id: int) -> bool:
+        """Adds the last token's text and decides whether it ends the reply: stop id, stop string, then length."""
+        may_stop = len(self.output_ids) >= max(1, self.params.min_tokens)
+        if token_id in self.stop_ids and may_stop:
+            self.finish_reason = "stop"
+            self._text += self._detokenizer.finish()
+        else:
+            before = len(self._text)
+            self._text += self._detokenizer.push([token_id])
+            if may_stop and self._cut_at_stop_string(before):
+                self.finish_reason = "stop"
+            elif len(self.output_ids) >= self.max_new_tokens:
+                self.finish_reason = "length"
+                before = len(self._text)
+                self._text += self._detokenizer.finish()
+                if may_stop and self._cut_at_stop_string(before):
+                    self.finish_reason = "stop"
+        return self.finish_reason is not None
+
+    def _cut_at_stop_string(self, before: int) -> bool:
+        """Cuts the text at the first stop string that ends after `before` characters."""
+        matches = []
+        for stop in self.params.stop:
+            start = self._text.find(stop, max(0, before - len(stop) + 1))
+            if start >= 0:
+                matches.append((start, stop))
+        if not matches:
+            return False
+        start, stop = min(matches, key=lambda found: found[0] + len(found[1]))
+        self._text = self._text[: start + len(stop)] if self.params.include_stop_str_in_output else self._text[:start]
+        return True
+
+    def _next_text(self) -> str:
+        """Text that no later token can take back: the start of a possible stop string is held until it is decided."""
+        end = len(self._text)
+        if self.finish_reason is None and self.params.stop:
+            end -= max(_overlap(self._text, stop) for stop in self.params.stop)
+        delta, self._emitted = self._text[self._emitted : max(end, self._emitted)], max(end, self._emitted)
+        return delta
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

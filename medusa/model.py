@@ -1,0 +1,250 @@
+"""The backbone: any Hugging Face decoder, run plainly or over token trees, with no copied modelling code.
+
+One attention function is registered with transformers. A forward that carries a `tree` keyword sends each layer's
+query, key and value to that tree's `attend`, which writes them to the engine's KV cache and looks along ancestors;
+everything else of the model (projections, RoPE, norms, MLPs) is transformers' own.
+
+Shapes: B sequences, T tokens or N tree nodes a sequence, H heads, D head size, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+PLAIN_ATTENTION = "sdpa"
+TREE_ATTENTION = "medusa_tree"
+# RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.
+ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class UnsupportedModelError(ValueError):
+    """The model is of a kind that tree decoding does not cover; the message names the kind."""
+
+
+class TreeAttention(Protocol):
+    """What a tree forward needs: attention of one layer's nodes over their ancestors and the committed tokens."""
+
+    def attend(
+        self,
+        layer: int,
+        query_BHND: torch.Tensor,
+        key_BHND: torch.Tensor,
+        value_BHND: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Returns [B, N, H, D]; keys and values have their own, possibly smaller, number of heads."""
+        ...
+
+
+def _tree_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    *,
+    tree: TreeAttention,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return tree.attend(int(module.layer_idx), query, key, value, scaling, sliding_window, softcap), None  # type: ignore[arg-type]
+
+
+# A name without an entry in transformers' mask registry gets no mask built: the tree brings its own.
+AttentionInterface.register(TREE_ATTENTION, _tree_attention)
+
+
+class Backbone:
+    """A frozen decoder with its LM head.
+
+    Build with `from_pretrained`, or around a transformers model in memory (`name` and `digest` are then the caller's).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str, digest: str | None = None) -> None:
+        check_supported(model.config, type(model))
+        self.model = model.eval().requires_grad_(False)
+        self.name = name
+        self._digest = digest
+        self._directory: Path | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+    ) -> Backbone:
+        """Loads a model folder or hub id from safetensors. Default device: a GPU if there is one.
+
+        Default dtype: float32 on a CPU, the checkpoint's own on a GPU. Raises UnsupportedModelError, or OSError when
+        nothing is there.
+        """
+        directory = model_directory(name, revision)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        check_supported(AutoConfig.from_pretrained(directory))
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype or "auto", attn_implementation=PLAIN_ATTENTION, use_safetensors=True
+        )
+        backbone = cls(model.to(device), name=Path(name).name if Path(name).is_dir() else str(name))
+        backbone._directory = directory
+        return backbone
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.lm_head_weight.shape[0])
+
+    @property
+    def max_positions(self) -> int:
+        """The longest context that the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def kv_shape(self) -> tuple[int, int]:
+        """(key-value heads, head size) of every layer."""
+        heads = int(self.config.num_attention_heads)
+        head_size = getattr(self.config, "head_dim", None) or self.hidden_size // heads
+        return int(getattr(self.config, "num_key_value_heads", None) or heads), int(head_size)
+
+    @property
+    def lm_head_weight(self) -> torch.Tensor:
+        """[V, d]."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm_head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head_weight.device
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the weights: of the safetensors files in name order, or of the tensors of a model in memory."""
+        if self._digest is not None:
+            return self._digest
+        return weights_digest(self._directory) if self._directory else _tensors_digest(self.model)
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Plain causal forward: what the LM head reads, [B, T, d]. Padding on the right changes nothing before it."""
+        self._use(PLAIN_ATTENTION)
+        return self.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+
+    @torch.no_grad()
+    def tree_hidden_states(
+        self, input_ids_BN: torch.Tensor, position_ids_BN: torch.Tensor, tree: TreeAttention
+    ) -> torch.Tensor:
+        """Forward of each sequence's tree nodes over its cached tokens: [B, N, d]. `tree` holds the cache."""
+        self._use(TREE_ATTENTION)
+        return self.model.base_model(
+            input_ids=input_ids_BN, position_ids=position_ids_BN, use_cache=False, tree=tree
+        ).last_hidden_state
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., d] -> [..., V], as the model's own forward gives them."""
+        return self.cap(self.model.get_output_embeddings()(hidden))
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """The model's logit scale and final soft-cap, for the LM head's and the heads' raw logits alike."""
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / divisor
+        if (bound := getattr(self.config, "final_logit_softcapping", None)) is not None:  # Gemma 2
+            logits = bound * torch.tanh(logits / bound)
+        return logits
+
+    def _use(self, attention: str) -> None:
+        if self.config._attn_implementation != attention:
+            self.model.set_attn_implementation(attention)
+
+
+def check_supported(config: PretrainedConfig, model_class: type | None = None) -> None:
+    """Raises UnsupportedModelError, naming the kind, for models whose trees would decode wrongly."""
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder; only decoders can carry Medusa heads")
+    for parameters in _rope_parameters(config):
+        rope = parameters.get("rope_type", parameters.get("type", "default"))
+        if rope not in ROPE_TYPES:
+            raise UnsupportedModelError(
+                f"{kind} has RoPE of type {rope!r}, whose angles depend on the length of the whole sequence; "
+                f"supported types are {sorted(ROPE_TYPES)}"
+            )
+    unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise UnsupportedModelError(f"{kind} has layers of type {sorted(unknown)}; supported are {sorted(LAYER_TYPES)}")
+    for name in ("kv_lora_rank", "num_kv_shared_layers", "attention_chunk_size", "ssm_cfg", "state_size"):
+        if getattr(config, name, None):
+            raise UnsupportedModelError(f"{kind} has {name}={getattr(config, name)}; its KV cache is not supported")
+    if model_class is not None and not getattr(model_class, "_supports_attention_backend", False):
+        raise UnsupportedModelError(f"{kind} ({model_class.__name__}) does not use transformers' attention registry")
+
+
+def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]  # Gemma 3: one entry a layer type
+    return nested or [rope]
+
+
+def model_directory(name: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: the path itself, or the hub snapshot of an id (downloaded when missing)."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).startswith("."):
+        raise FileNotFoundError(f"no model folder at {name}; give a folder with config.json, or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 over the folder's safetensors files, in name order."""
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{directory} holds no .safetensors file; convert the model's weights to safetensors")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _tensors_digest(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return f"sha256:{digest.hexdigest()}"

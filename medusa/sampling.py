@@ -1,0 +1,178 @@
+"""How a token is drawn from logits: a request's sampling parameters, and their effect on a batch of tree nodes.
+
+Shapes: B sequences, N nodes a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from medusa.noise import gumbel
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What a request asks of decoding; names and meanings are those of OpenAI's API and vLLM.
+
+    `temperature` 0 is greedy. `top_k` 0 keeps all tokens. `stop` strings and `stop_token_ids` end a reply, as the
+    model's EOS does unless `ignore_eos`. `n` replies are drawn a prompt. `logprobs` asks for that many alternatives a
+    token (of the model's own distribution, before temperature and penalties). Without a `seed` one is drawn and
+    returned with the reply. Raises ValueError for values out of range.
+    """
+
+    max_tokens: int = 128
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "0 to max_tokens")
+        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
+        _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
+        _require(all(self.stop), "stop", self.stop, "strings that are not empty")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "-2 to 2")
+        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "-2 to 2")
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or more")
+        _require(self.n >= 1, "n", self.n, "at least 1")
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """The sampling parameters of B sequences as tensors on the device."""
+
+    temperature: torch.Tensor
+    top_p: torch.Tensor
+    top_k: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+    choice: torch.Tensor
+    all_greedy: bool
+    any_restricted: bool
+
+    @classmethod
+    def stack(
+        cls, params: Sequence[SamplingParams], seeds: Sequence[int], choices: Sequence[int], device: torch.device
+    ) -> SamplingBatch:
+        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return cls(
+            temperature=column([p.temperature for p in params], torch.float32),
+            top_p=column([p.top_p for p in params], torch.float32),
+            top_k=column([p.top_k for p in params], torch.int64),
+            min_p=column([p.min_p for p in params], torch.float32),
+            seed=column(list(seeds), torch.int64),
+            choice=column(list(choices), torch.int64),
+            all_greedy=all(p.temperature == 0 for p in params),
+            any_restricted=any(p.top_p < 1 or p.top_k or p.min_p for p in params),
+        )
+
+    def distribution(self, logits_BNV: torch.Tensor) -> torch.Tensor:
+        """Logits over temperature, with tokens outside top-k, top-p and min-p at -inf: what sampling draws from.
+
+        Rows at temperature 0 keep their logits.
+        """
+        greedy = self.temperature == 0
+        scaled = logits_BNV.float() / torch.where(greedy, 1.0, self.temperature)[:, None, None]
+        return self._restricted(scaled) if self.any_restricted else scaled
+
+    def sample(self, logits_BNV: torch.Tensor, position_B: torch.Tensor, depth_BN: torch.Tensor) -> torch.Tensor:
+        """One token a node, [B, N]: the argmax, or a draw whose noise is keyed by the token's absolute position.
+
+        `position_B` is the position of the token that follows the root; a node at depth d draws for d more.
+        """
+        greedy_BN = logits_BNV.argmax(-1)
+        if self.all_greedy:
+            return greedy_BN
+        depths = torch.arange(int(depth_BN.max()) + 1, device=logits_BNV.device)
+        shape = (len(position_B), len(depths))
+        noise_BDV = gumbel(
+            self.seed[:, None].expand(shape),
+            self.choice[:, None].expand(shape),
+            position_B[:, None] + depths,
+            logits_BNV.shape[-1],
+        )
+        rows = torch.arange(len(position_B), device=logits_BNV.device)[:, None]
+        drawn_BN = (self.distribution(logits_BNV) + noise_BDV[rows, depth_BN]).argmax(-1)
+        return torch.where((self.temperature == 0)[:, None], greedy_BN, drawn_BN)
+
+    def _restricted(self, logits_BNV: torch.Tensor) -> torch.Tensor:
+        """Exact top-k, top-p and min-p, in vLLM's order: min-p first, then top-k, then top-p over what is left."""
+        vocab_size = logits_BNV.shape[-1]
+        floor = logits_BNV.amax(-1, keepdim=True) + self.min_p.log()[:, None, None]
+        logits_BNV = logits_BNV.masked_fill(logits_BNV < floor, float("-inf"))
+        ordered, order = logits_BNV.sort(dim=-1, descending=True, stable=True)
+        rank = torch.arange(vocab_size, device=logits_BNV.device)
+        limit = torch.where(self.top_k > 0, self.top_k, vocab_size)[:, None, None]
+        ordered = ordered.masked_fill(rank >= limit, float("-inf"))
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        keep_all = (self.top_p >= 1)[:, None, None]
+        dropped = (before >= self.top_p[:, None, None]) & ~keep_all & (rank > 0)
+        ordered = ordered.masked_fill(dropped, float("-inf"))
+        return torch.full_like(logits_BNV, float("-inf")).scatter(-1, order, ordered)
+
+
+def penalise(
+    logits_NV: torch.Tensor,
+    params: SamplingParams,
+    prompt_ids: Sequence[int],
+    output_ids: Sequence[int],
+    tokens_N: torch.Tensor,
+    ancestors_NN: torch.Tensor,
+) -> torch.Tensor:
+    """Logits of one sequence's nodes after logit_bias and penalties, each node counting the tokens on its own path.
+
+    `output_ids` ends with the root's token; `tokens_N` and `ancestors_NN` are the tree's (ancestor-or-self).
+    """
+    num_nodes, vocab_size = logits_NV.shape
+    logits_NV = logits_NV.float().clone()
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits_NV.device)
+        logits_NV[:, ids] += torch.tensor(list(params.logit_bias.values()), device=logits_NV.device)
+    if not params.has_penalties:
+        return logits_NV
+    drafts = ancestors_NN.clone()
+    drafts[:, 0] = False  # the root's token is already the last of output_ids
+    counts_NV = _count(output_ids, vocab_size, logits_NV.device).repeat(num_nodes, 1)
+    counts_NV.scatter_add_(1, tokens_N.expand(num_nodes, -1), drafts.float())
+    seen = (counts_NV > 0) | (_count(prompt_ids, vocab_size, logits_NV.device) > 0)
+    scaled = torch.where(logits_NV > 0, logits_NV / params.repetition_penalty, logits_NV * params.repetition_penalty)
+    logits_NV = torch.where(seen, scaled, logits_NV)
+    return logits_NV - params.frequency_penalty * counts_NV - params.presence_penalty * (counts_NV > 0)
+
+
+def _count(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:
+    ids = torch.as_tensor(list(token_ids), dtype=torch.int64, device=device)
+    return torch.bincount(ids, minlength=vocab_size).float()
