@@ -1,0 +1,242 @@
+"""What bodies are taken, what is refused and under which name, and what the engine is asked for."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from pydantic import ValidationError
+
+from deployments.protocol import ChatCompletionRequest, CompletionRequest, explain
+from medusa import SamplingParams
+
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def refusal(model, body):
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    return explain(caught.value.errors()[0])
+
+
+def chat_params(**fields):
+    return ChatCompletionRequest.model_validate(HELLO | fields).sampling_params(default_max_tokens=99)
+
+
+def text_params(**fields):
+    return CompletionRequest.model_validate({"prompt": "x"} | fields).sampling_params(default_max_tokens=16)
+
+
+def test_defaults_are_openais():
+    assert chat_params() == SamplingParams(max_tokens=99)
+    assert text_params() == SamplingParams(max_tokens=16)
+
+
+def test_null_means_the_default():
+    fields = ["temperature", "top_p", "n", "stop", "seed", "max_tokens", "logit_bias", "stream", "stream_options"]
+    assert chat_params(**dict.fromkeys(fields)) == chat_params()
+
+
+def test_every_sampling_field_reaches_the_engine():
+    params = chat_params(
+        max_completion_tokens=5,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=3,
+        min_p=0.1,
+        seed=-4,
+        n=2,
+        stop="end",
+        stop_token_ids=[7],
+        ignore_eos=True,
+        include_stop_str_in_output=True,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        logit_bias={"42": -100},
+        logprobs=True,
+        top_logprobs=4,
+    )
+    assert params == SamplingParams(
+        max_tokens=5,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=3,
+        min_p=0.1,
+        seed=-4,
+        n=2,
+        stop=("end",),
+        stop_token_ids=(7,),
+        ignore_eos=True,
+        include_stop_str_in_output=True,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=-0.3,
+        logit_bias={42: -100.0},
+        logprobs=4,
+    )
+
+
+def test_logprobs_count_alternatives():
+    assert chat_params().logprobs is None
+    assert chat_params(logprobs=True).logprobs == 0
+    assert chat_params(logprobs=False).logprobs is None
+    assert text_params(logprobs=3).logprobs == 3
+    assert text_params(logprobs=0).logprobs == 0
+
+
+def test_top_k_minus_one_is_all_tokens():
+    assert text_params(top_k=-1).top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_the_four_forms_of_a_prompt(prompt, prompts):
+    assert CompletionRequest.model_validate({"prompt": prompt}).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [True], {}, 5, None, [["a"]], [[1], []], ["a"] * 1025])
+def test_other_forms_of_a_prompt_are_refused(prompt):
+    message, param = refusal(CompletionRequest, {"prompt": prompt})
+    assert param == "prompt"
+    assert "strings" in message or "at most 1024" in message
+
+
+def test_text_parts_are_joined_and_developers_speak_as_the_system():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"messages": [{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]}
+    request = ChatCompletionRequest.model_validate(body)
+    assert [message.for_template() for message in request.messages] == [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "a\nb"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temperature": -0.1}, "temperature", "greater than or equal to 0, got -0.1"),
+        ({"temperature": "1"}, "temperature", 'valid number, got "1"'),
+        ({"temperature": float("nan")}, "temperature", "finite number"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": 1.1}, "top_p", "less than or equal to 1"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 129}, "n", "less than or equal to 128"),
+        ({"n": True}, "n", "valid integer, got true"),
+        ({"n": 1.0}, "n", "valid integer, got 1.0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"max_tokens": 10**30}, "max_tokens", "less than or equal to"),
+        ({"seed": 2**63}, "seed", "less than"),
+        ({"stop": ["a"] * 5}, "stop", "at most 4 stop strings are allowed, got 5"),
+        ({"stop": ""}, "stop", "must not be empty"),
+        ({"stop": [1]}, "stop", "a string or a list of up to 4 strings"),
+        ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "token ids as keys"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal to 100"),
+        ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream: true"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "boolean"),
+        ({"top_logprobs": 2}, "top_logprobs", "only allowed with logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "5 and max_completion_tokens 6 differ"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": "hello"}, "messages", "valid list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user' or 'assistant', got \"tool\""),
+        ({"messages": [{"role": "user"}]}, "messages.0.content", "required but absent"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "a string or a list of parts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type",
+            "image_url",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls",
+            "not supported",
+        ),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", "service"),
+    ],
+)
+def test_bad_values_are_named(fields, param, words):
+    message, found = refusal(ChatCompletionRequest, HELLO | fields)
+    assert found == param
+    assert message.startswith(param)
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "auto"},
+        {"functions": [{"name": "f"}]},
+        {"response_format": {"type": "json_object"}},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+        {"guided_json": {}},
+        {"structured_outputs": {"regex": "x"}},
+        {"chat_template": "x"},
+        {"continue_final_message": True},
+        {"echo": True},
+        {"use_beam_search": True},
+        {"truncate_prompt_tokens": 5},
+        {"skip_special_tokens": False},
+        {"prompt_logprobs": 1},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_would_change_the_meaning_is_refused_by_name(fields):
+    message, param = refusal(ChatCompletionRequest, HELLO | fields)
+    assert param == next(iter(fields))
+    assert "is not supported here; leave the field out" in message
+
+
+@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"echo": True}, {"best_of": 2}, {"best_of": 1, "n": 2}])
+def test_plain_completions_refuse_their_own(fields):
+    assert refusal(CompletionRequest, {"prompt": "x"} | fields)[1] == next(iter(fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "tool_choice": "none", "functions": None},
+        {"response_format": {"type": "text"}, "modalities": ["text"]},
+        {"echo": False, "skip_special_tokens": True, "use_beam_search": False},
+    ],
+)
+def test_forms_that_ask_for_nothing_pass(fields):
+    assert chat_params(**fields) == chat_params()
+
+
+def test_best_of_equal_to_n_passes():
+    assert text_params(best_of=1).n == 1
+    assert text_params(best_of=3, n=3).n == 3
+
+
+def test_unknown_fields_are_ignored_with_a_line_in_the_log(caplog):
+    with caplog.at_level(logging.INFO):
+        assert chat_params(store=True, metadata={"a": "b"}) == chat_params()
+    assert "['metadata', 'store']" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        chat_params(user="someone", temperature=1.0)
+    assert not caplog.text
+
+
+def test_contradictions_raise_value_errors_that_begin_with_the_field():
+    with pytest.raises(ValueError, match="^min_tokens"):
+        text_params(min_tokens=17)
+
+
+def test_long_values_are_shortened_in_messages():
+    message, _ = refusal(ChatCompletionRequest, HELLO | {"temperature": "x" * 10_000})
+    assert len(message) < 200
+
+
+def test_values_in_messages_are_shown_as_json():
+    message, _ = refusal(ChatCompletionRequest, HELLO | {"temperature": "ä"})
+    assert 'got "ä"' in message

@@ -1,0 +1,150 @@
+"""The REST API on the real engine with a tiny model: what it answers is what the engine generates."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from deployments.api import build_api
+from deployments.async_engine import AsyncEngine
+from medusa import Engine, SamplingParams
+
+MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
+PROMPTS = ["The quick brown fox", "def fibonacci(n):", "Water boils at", "Explain step by step"]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_llama):
+    """The oracle: the same weights, one token a step."""
+    return Engine.from_pretrained(tiny_llama, max_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def api(tiny_llama, tiny_heads):
+    engine = Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4)
+    running = AsyncEngine(engine)
+    yield build_api(running, engine.tokenizer, "tiny")
+    running.close()
+
+
+@pytest.fixture
+async def client(api):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:
+        yield client
+
+
+async def complete(client, prompt, **fields):
+    response = await client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 32} | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def test_a_chat_is_what_the_engine_generates(client, plain):
+    prompt = plain.tokenizer.encode_chat(MESSAGES)
+    (expected,) = plain.generate([prompt], SamplingParams(max_tokens=32, temperature=0.0))
+    body = {"messages": MESSAGES, "max_tokens": 32, "temperature": 0}
+    answer = (await client.post("/v1/chat/completions", json=body)).json()
+    assert answer["choices"][0]["message"]["content"] == expected.text
+    assert answer["choices"][0]["finish_reason"] == expected.finish_reason
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+async def test_requests_that_share_a_batch_get_what_they_would_get_alone(client, plain, temperature):
+    params = [SamplingParams(max_tokens=20 + i, temperature=temperature, seed=i) for i in range(len(PROMPTS))]
+    expected = [plain.generate([prompt], p)[0].text for prompt, p in zip(PROMPTS, params, strict=True)]
+    answers = await asyncio.gather(
+        *(
+            complete(client, prompt, max_tokens=p.max_tokens, temperature=temperature, seed=p.seed)
+            for prompt, p in zip(PROMPTS, params, strict=True)
+        )
+    )
+    assert [answer["choices"][0]["text"] for answer in answers] == expected
+
+
+async def test_several_prompts_and_replies_in_one_request(client, plain):
+    params = SamplingParams(max_tokens=16, temperature=1.0, seed=3, n=2)
+    expected = [completion.text for completion in plain.generate(PROMPTS[:2], params)]
+    answer = await complete(client, PROMPTS[:2], max_tokens=16, temperature=1.0, seed=3, n=2)
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert len(set(expected)) == 4
+
+
+async def test_the_seed_that_was_drawn_draws_the_same_reply_again(client):
+    first, second = [await complete(client, PROMPTS[0], temperature=1.0) for _ in range(2)]
+    assert first["choices"][0]["text"] != second["choices"][0]["text"]  # not the argmax each time
+    seed = first["choices"][0]["seed"]
+    again = await complete(client, PROMPTS[0], temperature=1.0, seed=seed)
+    assert again["choices"][0]["text"] == first["choices"][0]["text"]
+
+
+async def test_logprobs_are_those_of_plain_decoding(client, plain):
+    params = SamplingParams(max_tokens=24, temperature=0.0, logprobs=3)
+    (expected,) = plain.generate([PROMPTS[0]], params)
+    answer = await complete(client, PROMPTS[0], max_tokens=24, temperature=0, logprobs=3)
+    logprobs = answer["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == answer["usage"]["completion_tokens"]
+    assert logprobs["token_logprobs"] == pytest.approx([e.logprob for e in expected.logprobs], abs=1e-4)
+    # At temperature 0 the token drawn is the best of its alternatives: the rows are aligned.
+    for token, alternatives in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True):
+        assert alternatives[token] == max(alternatives.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_the_reply_as_in_plain_decoding(client, plain, stream):
+    params = SamplingParams(max_tokens=40, temperature=0.0)
+    (free,) = plain.generate([PROMPTS[1]], params)
+    stop = free.text[15:19]
+    (expected,) = plain.generate([PROMPTS[1]], SamplingParams(max_tokens=40, temperature=0.0, stop=(stop,)))
+    body = {"prompt": PROMPTS[1], "max_tokens": 40, "temperature": 0, "stop": stop, "stream": stream}
+    response = await client.post("/v1/completions", json=body)
+    if stream:
+        lines = [line[6:] for line in response.text.split("\n\n") if line]
+        chunks = [httpx.Response(200, content=line).json() for line in lines[:-1]]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == expected.text
+        assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    else:
+        choice = response.json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (expected.text, "stop")
+        assert response.json()["usage"]["completion_tokens"] == len(expected.token_ids)
+
+
+async def test_min_tokens_and_stop_token_ids_hold_inside_a_step(client, plain):
+    (free,) = plain.generate([PROMPTS[2]], SamplingParams(max_tokens=40, temperature=0.0))
+    stop = free.token_ids[2]
+    answer = await complete(client, PROMPTS[2], temperature=0, stop_token_ids=[stop])
+    assert answer["usage"]["completion_tokens"] == free.token_ids.index(stop) + 1
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    params = SamplingParams(max_tokens=32, temperature=0.0, stop_token_ids=(stop,), min_tokens=9)
+    (later,) = plain.generate([PROMPTS[2]], params)
+    answer = await complete(client, PROMPTS[2], temperature=0, stop_token_ids=[stop], min_tokens=9)
+    assert answer["usage"]["completion_tokens"] == len(later.token_ids) >= 9
+    assert answer["choices"][0]["text"] == later.text
+
+
+async def test_penalties_and_biases_reach_every_node_of_the_tree(client, plain):
+    fields = {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {"70": 4.0}}
+    params = SamplingParams(max_tokens=32, temperature=0.0, **(fields | {"logit_bias": {70: 4.0}}))
+    (expected,) = plain.generate([PROMPTS[3]], params)
+    answer = await complete(client, PROMPTS[3], temperature=0, **fields)
+    assert answer["choices"][0]["text"] == expected.text
+
+
+async def test_the_reply_ends_at_the_end_of_the_context(client, plain):
+    prompt = [5 + i % 50 for i in range(plain.max_model_len - 7)]
+    answer = await complete(client, prompt, max_tokens=100, temperature=0, ignore_eos=True)
+    assert answer["usage"]["completion_tokens"] == 7
+    assert answer["choices"][0]["finish_reason"] == "length"
+    (expected,) = plain.generate([prompt], SamplingParams(max_tokens=100, temperature=0.0, ignore_eos=True))
+    assert answer["choices"][0]["text"] == expected.text
+
+
+async def test_acceptance_is_told_for_each_request_and_depth(client):
+    usage = (await complete(client, PROMPTS[0], max_tokens=64, temperature=0, ignore_eos=True))["usage"]
+    medusa = usage["medusa"]
+    assert medusa["accepted_tokens"] == usage["completion_tokens"] - 1 == 63
+    assert medusa["mean_acceptance_length"] == medusa["accepted_tokens"] / medusa["steps"] > 1
+    assert medusa["accepted_tokens"] == medusa["steps"] + sum(medusa["accepted_per_depth"])
