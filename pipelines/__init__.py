@@ -1,0 +1,1 @@
+"""The offline shell: distil, train, calibrate, evaluate and register, on Ray Data and Ray Train."""

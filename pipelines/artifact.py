@@ -1,0 +1,269 @@
+"""Content-addressed, resumable steps: `<root>/<step>/<key>/`, with `manifest.json` written last.
+
+The key is a digest of everything that decides a step's output, so a complete manifest means that the work is
+done, whoever did it. An incomplete folder is kept as it is and resumed.
+
+    with open_step(root, "distill", STEP_VERSION, config, {"prompts": digest}) as step_dir:
+        if step_dir.complete:
+            return step_dir.output
+        ...                                   # write files below step_dir.path
+        return step_dir.commit({"counts": {"written": 800}}, outputs=["table"])
+
+What a step needs from storage is small and stands in two places: a lease (pipelines/lease.py) and `_publish`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medusa.config import canonical_json
+from pipelines.lease import DEFAULT_TTL_S, Lease, LeaseHeldError, LeaseLostError, TryAgain
+
+__all__ = [
+    "DamagedStepError",
+    "LeaseHeldError",
+    "LeaseLostError",
+    "StepDir",
+    "StepMissingError",
+    "StepOutput",
+    "TryAgain",
+    "only_complete_steps",
+    "open_step",
+    "read_output",
+    "step_key",
+]
+
+MANIFEST = "manifest.json"
+FOLDER_KEY_LENGTH = 16
+_INTERNAL = (
+    MANIFEST,
+    "lease.",
+    "tracking.",
+    ".",
+)  # beginnings of the names in a step folder that are no output
+_only_complete: ContextVar[bool] = ContextVar("only_complete", default=False)
+_OURS = ("step", "version", "key", "config", "inputs", "outputs", "created", "digest")
+
+
+class StepMissingError(FileNotFoundError):
+    """A step was to be complete already, and is not."""
+
+
+class DamagedStepError(RuntimeError):
+    """A step that was complete lacks files or holds changed ones; the message says which, and the remedy."""
+
+
+def step_key(step: str, version: int, config: Any, inputs: Mapping[str, str]) -> str:
+    """sha256 (hex) of all that decides a step's output; its first 16 characters name the folder."""
+    text = canonical_json({"step": step, "version": version, "config": config, "inputs": dict(inputs)})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """A complete step. `digest` names the content of its outputs: what later steps take as input digest."""
+
+    step: str
+    key: str
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return _digest(self.manifest["outputs"])
+
+
+@dataclass
+class StepDir:
+    """A step's folder while it is open: complete (then read only), or held by this process."""
+
+    step: str
+    key: str
+    path: Path
+    identity: dict[str, Any]
+    manifest: dict[str, Any] | None = None
+    lease: Lease | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.manifest is not None
+
+    @property
+    def output(self) -> StepOutput:
+        if self.manifest is None:
+            raise ValueError(f"{self.path} is not complete yet: commit it first")
+        return StepOutput(self.step, self.key, self.path, self.manifest)
+
+    def ensure_held(self) -> None:
+        """LeaseLostError once another process has taken the step over: long work may stop early."""
+        with self._held().while_held():
+            pass
+
+    def commit(self, manifest: Mapping[str, Any] | None = None, *, outputs: Sequence[str] | None = None) -> StepOutput:
+        """Completes the step: digests `outputs` and publishes the manifest in one atomic move.
+
+        `manifest` holds what the step tells (`counts`, ...). `outputs` are files or folders relative to the
+        step's; by default all there is, but for hidden and internal files. LeaseLostError when another
+        process has taken over.
+        """
+        told = dict(manifest or {})
+        taken = sorted(set(told) & set(_OURS))
+        if taken:
+            raise ValueError(f"{taken} are written by commit itself; outputs are given as outputs=[...]")
+        complete = {**_plain(told), **self.identity, "outputs": _describe(self.path, outputs)}
+        complete.setdefault("counts", {})
+        complete["created"] = datetime.now(UTC).isoformat(timespec="seconds")
+        complete["digest"] = _digest(complete)
+        lease = self._held()
+        with lease.while_held():
+            _publish(self.path / MANIFEST, complete)
+        self.manifest = complete
+        return self.output
+
+    def _held(self) -> Lease:
+        if self.lease is None:
+            raise ValueError(f"{self.path} is complete already and read only")
+        return self.lease
+
+
+@contextmanager
+def open_step(
+    root: Path,
+    step: str,
+    version: int,
+    config: Any,
+    inputs: Mapping[str, str],
+    *,
+    lease_ttl_s: float = DEFAULT_TTL_S,
+) -> Iterator[StepDir]:
+    """The step's folder: complete, or held under a lease until the block ends.
+
+    LeaseHeldError while another process works on the same key; DamagedStepError when a complete step's files
+    are not those that it committed (compared by size: reading all of them would cost what the skip saves).
+    """
+    key = step_key(step, version, config, inputs)
+    path = Path(root) / step / key[:FOLDER_KEY_LENGTH]
+    identity = _plain({"step": step, "version": version, "key": key, "config": config, "inputs": dict(inputs)})
+    step_dir = StepDir(step, key, path, identity, _read_manifest(path, key))
+    if step_dir.complete:
+        yield step_dir
+        return
+    if _only_complete.get():
+        raise StepMissingError(
+            f"step {step} is not complete for this configuration (no {MANIFEST} in {path}); run it first, with "
+            f"`--from {step}` or without --from"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    lease = Lease(path, ttl_s=lease_ttl_s)
+    lease.acquire()
+    try:
+        step_dir.manifest = _read_manifest(path, key)  # the last holder may just have completed it
+        step_dir.lease = None if step_dir.complete else lease
+        yield step_dir
+    finally:
+        lease.release()
+
+
+@contextmanager
+def only_complete_steps() -> Iterator[None]:
+    """Within this block, opening a step that is not complete is a StepMissingError instead of work."""
+    token = _only_complete.set(True)
+    try:
+        yield
+    finally:
+        _only_complete.reset(token)
+
+
+def read_output(path: Path) -> StepOutput | None:
+    """The complete step in folder `path`, verified by size; None while it is not complete."""
+    manifest = _read_manifest(Path(path), None)
+    return None if manifest is None else StepOutput(manifest["step"], manifest["key"], Path(path), manifest)
+
+
+def _read_manifest(path: Path, key: str | None) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError as error:
+        raise _damaged(path, f"{MANIFEST} is not JSON ({error})") from error
+    content = {name: value for name, value in manifest.items() if name != "digest"}
+    if manifest.get("digest") != _digest(content):
+        raise _damaged(path, f"{MANIFEST} does not match its own digest: it was edited or cut off")
+    if key is not None and manifest["key"] != key:
+        raise _damaged(path, f"{MANIFEST} belongs to the key {manifest['key']}, not {key}")
+    for name, output in manifest["outputs"].items():
+        _check_size(path, name, output["bytes"])
+    return manifest
+
+
+def _check_size(path: Path, name: str, size: int) -> None:
+    try:
+        found = (path / name).stat().st_size
+    except FileNotFoundError:
+        raise _damaged(path, f"{name} is missing") from None
+    if found != size:
+        raise _damaged(path, f"{name} has {found} bytes, but was committed with {size}")
+
+
+def _damaged(path: Path, what: str) -> DamagedStepError:
+    return DamagedStepError(f"the complete step {path} is damaged: {what}; remove the folder to make it again")
+
+
+def _describe(path: Path, outputs: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    files = {file.relative_to(path).as_posix(): file for file in _output_files(path, outputs)}
+    return {name: {"sha256": _hash_to_disk(files[name]), "bytes": files[name].stat().st_size} for name in sorted(files)}
+
+
+def _output_files(path: Path, outputs: Sequence[str] | None) -> Iterator[Path]:
+    if outputs is None:
+        outputs = [entry.name for entry in path.iterdir() if not entry.name.startswith(_INTERNAL)]
+    for name in outputs:
+        target = path / name
+        if not target.exists():
+            raise FileNotFoundError(f"{name} was to be committed, but {target} does not exist")
+        yield from (file for file in target.rglob("*") if file.is_file()) if target.is_dir() else [target]
+
+
+def _hash_to_disk(file: Path) -> str:
+    """The file's sha256, once its bytes are on the disk: a manifest must not outlive what it names."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _publish(path: Path, content: Mapping[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    """As it will be read back from JSON, so that a digest made now equals one made then."""
+    return json.loads(canonical_json(value))
+
+
+def _digest(content: Any) -> str:
+    return f"sha256:{hashlib.sha256(canonical_json(content).encode()).hexdigest()}"

@@ -1,0 +1,1 @@
+"""The model registry: MLflow aliases, digests and gate tags; stands below both shells."""
