@@ -1,0 +1,280 @@
+"""The distil step: the model answers the prompts itself, and its own tokens become the training table.
+
+    <step dir>/data/block-00000.parquet ...   the distilled table (pipelines/distilled.py)
+    <step dir>/failed.jsonl                   conversations without one usable turn, each with the reason
+
+Exactly once. The prompt table is cut into blocks of `rows_per_block` conversations, and block i is the file
+of number i: an actor answers a block whole, all turns of its conversations, and moves the finished file into
+place. So a block is there entirely or not at all, a conversation can stand in no file but its block's, and a
+restart answers the blocks whose file is missing. Whoever answers a block twice (an actor that Ray started
+again, a dead driver's last worker) still leaves one file. Ray Data's own checkpoint (beta in 2.60) keeps a
+list of written ids beside the data instead; a late writer that a new run did not wait for can add rows behind
+that list's back, and filtering by it takes one more CPU.
+
+Full batches. An actor takes several blocks at a time (as threads, see pipelines/answering.py), so that its
+engine's batch is filled from the next block while the last replies of the one before end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from medusa import Engine
+from medusa.config import strict, to_dict
+from medusa.model import model_directory, weights_digest
+from medusa.tokenizer import ChatTokenizer
+from pipelines.answering import ReplyConfig
+from pipelines.artifact import StepDir, StepOutput, open_step
+from pipelines.block_actor import BlockActor, BlockReport, block_task
+from pipelines.distilled import account_for, block_path, read_endings
+from pipelines.progress import LOG_EVERY_S
+from pipelines.prompt_files import Prompt, file_digest
+from pipelines.prompts import load_prompts
+
+if TYPE_CHECKING:
+    from pipelines.run import ModelConfig, RunContext
+
+STEP_VERSION = 1
+DATA = "data"
+FAILED = "failed.jsonl"
+WORK = ".work"  # unfinished files and attempts; hidden, so that it is no output of the step
+
+
+class DistillError(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(ReplyConfig):
+    """How replies are sampled (ReplyConfig), and on what.
+
+    `num_actors` null: one a GPU of the cluster as it is, or one if there is none. `gpus_per_actor` null: 1
+    where there are GPUs. `heads` is a Medusa checkpoint of this backbone, which makes it faster and changes
+    no token (in float32). The run stops when more than `max_failed` of all conversations fail, or when a
+    block has ended its worker `max_attempts` times.
+    """
+
+    rows_per_block: int = 64
+    heads: str | None = None
+    num_actors: int | None = None
+    gpus_per_actor: float | None = None
+    cpus_per_actor: float = 1.0
+    max_batch_size: int = 64
+    max_model_len: int | None = None
+    kv_cache_gb: float | None = None
+    max_failed: float = 0.5
+    max_attempts: int = 5
+
+    def __post_init__(self) -> None:
+        ReplyConfig.__post_init__(self)
+        for name in ("rows_per_block", "max_batch_size", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_actors is not None and self.num_actors < 1:
+            raise ValueError(f"num_actors must be at least 1, or null to go by the cluster, got {self.num_actors}")
+        if not 0 <= self.max_failed <= 1:
+            raise ValueError(f"max_failed is a fraction from 0 to 1, got {self.max_failed}")
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What decides the rows and their files; the rest (workers, batch size) may change at a restart."""
+        names = {"max_model_len", "rows_per_block", *ReplyConfig.__dataclass_fields__}
+        return {name: value for name, value in to_dict(self).items() if name in names}
+
+    @property
+    def blocks_in_flight(self) -> int:
+        """Blocks that an actor works on: a full batch beside one that is ending, and one on its way."""
+        return 2 + -(-self.max_batch_size // self.rows_per_block)
+
+
+def distill(
+    context: RunContext,
+    config: DistillConfig,
+    prompts: StepOutput | Path,
+    *,
+    build_engine: Callable[[], Engine] | None = None,
+) -> StepOutput:
+    """Runs the step, or what is left of it, on the Ray that is initialised. `build_engine` makes an actor's
+    engine; by default it is the model of the context.
+    """
+    conversations = load_prompts(prompts)
+    size = config.rows_per_block
+    blocks = [conversations[start : start + size] for start in range(0, len(conversations), size)]
+    inputs = {"prompts": _digest(prompts), **_model_digests(context.model)}
+    with (
+        open_step(context.root, "distill", STEP_VERSION, config.meaning, inputs) as step,
+        context.tracker.step(step) as log,
+    ):
+        if step.complete:
+            return step.output
+        run = Run(step, config, blocks, build_engine or _engine_builder(context.model, config), context.console)
+        stepping = run.answer_missing()
+        account = account_for(step.path / DATA, blocks)
+        _write_failed(step.path / FAILED, account.failures)
+        manifest = account.manifest()
+        log.log_metrics({**manifest["counts"], "rows": account.rows, "completion_tokens": account.completion_tokens})
+        return step.commit({**manifest, "stepping": stepping}, outputs=[DATA, FAILED])
+
+
+class Run:
+    """The work that a step's folder still lacks."""
+
+    def __init__(
+        self,
+        step: StepDir,
+        config: DistillConfig,
+        blocks: Sequence[Sequence[Prompt]],
+        build_engine: Callable[[], Engine],
+        console: Console,
+    ) -> None:
+        self._step = step
+        self._path = step.path
+        self._config = config
+        self._build_engine = build_engine
+        self._console = console
+        self._files = {block_path(step.path / DATA, number): block for number, block in enumerate(blocks)}
+        self._total = sum(map(len, blocks))
+
+    def answer_missing(self) -> dict[str, int]:
+        """Answers the blocks whose file is missing. Returns this run's engine steps, and the replies under way
+        summed over them.
+        """
+        shutil.rmtree(self._path / WORK, ignore_errors=True)
+        for folder in (self._path / DATA, self._path / WORK):
+            folder.mkdir(exist_ok=True)
+        done = [file for file in self._files if file.exists()]
+        failed = sum(ending["outcome"] == "failed" for file in done for ending in read_endings(file))
+        stepping = {"steps": 0, "replies_stepped": 0}
+        with _progress(self._console, self._total, sum(len(self._files[file]) for file in done)) as advance:
+            for report in self._reports([file for file in self._files if file not in set(done)]):
+                self._step.ensure_held()  # else the rest would be answered for nothing
+                failed += report.failed
+                self._check_failures(failed, report)
+                stepping["steps"] += report.steps
+                stepping["replies_stepped"] += report.replies_stepped
+                advance(report)
+        return stepping
+
+    def _reports(self, missing: Sequence[Path]) -> Iterator[BlockReport]:
+        """Runs the actors over the blocks, in the order in which they come to be done."""
+        if not missing:
+            return
+        numbers = {file: number for number, file in enumerate(self._files)}
+        tasks = [block_task(numbers[file], file, self._files[file]) for file in missing]
+        config = self._config
+        num_actors, gpus_per_actor = _placement(config)
+        if not _fits_a_node(config.cpus_per_actor, gpus_per_actor):
+            self._console.print(
+                f"distil: no node has {config.cpus_per_actor} CPUs and {gpus_per_actor} GPUs for an actor; waiting "
+                "for the cluster to grow (or lower distill.cpus_per_actor and distill.gpus_per_actor)"
+            )
+        dataset = ray.data.from_arrow(tasks).map_batches(
+            BlockActor,
+            batch_size=1,  # a row is a block
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=min(num_actors, len(tasks)),
+                max_concurrent_calls_per_actor=config.blocks_in_flight,
+                max_tasks_in_flight_per_actor=config.blocks_in_flight,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=config.cpus_per_actor,
+            num_gpus=gpus_per_actor,
+            fn_constructor_kwargs={
+                "build_engine": self._build_engine,
+                "config": config,
+                "work": self._path / WORK,
+                "max_attempts": config.max_attempts,
+            },
+        )
+        dataset.context.enable_progress_bars = False
+        for row in dataset.iter_rows():
+            yield BlockReport(**row)
+
+    def _check_failures(self, failed: int, report: BlockReport) -> None:
+        if failed > self._config.max_failed * self._total:
+            raise DistillError(
+                f"{failed} of {self._total} conversations failed, more than "
+                f"distill.max_failed={self._config.max_failed}; the last is {report.first_failure}. "
+                f"Mend the cause and remove {self._path} to answer them again"
+            )
+
+
+@contextmanager
+def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[BlockReport], None]]:
+    """A bar over the conversations, with rows and tokens a second of this run; yields what moves it."""
+    columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rates]}"))
+    on_terminal = console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not on_terminal) as bar:
+        task = bar.add_task("distil", total=total, completed=done, rates="starting")
+        started = printed = time.monotonic()
+        rows = tokens = 0
+
+        def advance(report: BlockReport) -> None:
+            nonlocal rows, tokens, printed
+            rows, tokens = rows + report.rows, tokens + report.tokens
+            seconds = time.monotonic() - started
+            rates = f"{rows / seconds:,.1f} rows/s {tokens / seconds:,.0f} tokens/s"
+            bar.update(task, advance=report.conversations, rates=rates)
+            completed = int(bar.tasks[0].completed)
+            if not on_terminal and (completed == total or time.monotonic() - printed > LOG_EVERY_S):
+                printed = time.monotonic()
+                console.print(f"distil: {completed}/{total} {rates}", highlight=False)
+
+        yield advance
+
+
+def _placement(config: DistillConfig) -> tuple[int, float]:
+    """How many actors, and the GPUs of each, where the config leaves it to the cluster."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    each = config.gpus_per_actor if config.gpus_per_actor is not None else min(1.0, gpus)
+    return config.num_actors or max(1, int(gpus / each) if each else 1), each
+
+
+def _fits_a_node(cpus: float, gpus: float) -> bool:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes)
+
+
+def _engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], Engine]:
+    return partial(
+        Engine.from_pretrained,
+        model.backbone,
+        config.heads,
+        device=model.device,
+        dtype=None if model.dtype is None else getattr(torch, model.dtype),
+        max_batch_size=config.max_batch_size,
+        max_model_len=config.max_model_len,
+        kv_cache_gb=config.kv_cache_gb,
+    )
+
+
+def _model_digests(model: ModelConfig) -> dict[str, str]:
+    directory = model_directory(model.backbone)
+    tokenizer = ChatTokenizer.from_pretrained(directory)
+    return {"backbone": weights_digest(directory), "tokenizer": tokenizer.digest, "dtype": str(model.dtype)}
+
+
+def _digest(prompts: StepOutput | Path) -> str:
+    return prompts.digest if isinstance(prompts, StepOutput) else file_digest(Path(prompts))
+
+
+def _write_failed(path: Path, failures: Sequence[dict[str, str]]) -> None:
+    unfinished = path.with_name(f".{path.name}.partial")
+    unfinished.write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+    os.replace(unfinished, path)
