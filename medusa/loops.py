@@ -9,17 +9,15 @@ from collections.abc import Sequence
 
 
 def cut_at_loop(token_ids: Sequence[int], n: int = 4, repeats: int = 3) -> int:
-    """How many tokens stand before the `repeats`-th occurrence of any n-gram; all of them when none occurs so
-    often.
+    """How many tokens stand before the `repeats`-th occurrence of any n-gram; all, when none occurs so often.
 
-    Occurrences may overlap. The cut is decided by the tokens before its end alone, so it can be taken while
-    the reply is still being written: the cut of a prefix that already loops is the cut of the whole.
+    Occurrences may overlap. What follows that occurrence does not change the cut, so it is known while the
+    reply is still being written.
     """
     finder = LoopFinder(n, repeats)
     for token_id in token_ids:
-        if finder.push(token_id):
-            return finder.cut
-    return len(token_ids)
+        finder.push(token_id)
+    return len(token_ids) if finder.cut is None else finder.cut
 
 
 class LoopFinder:

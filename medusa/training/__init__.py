@@ -1,0 +1,1 @@
+"""Training the heads: batches with shifted labels, the chunked loss, the trainer. Torch only, one process each."""

@@ -1,0 +1,247 @@
+"""What one training worker does, with Ray Train around it or without: rows -> Trainer -> records and checkpoints.
+
+Exact resume. A checkpoint is the trainer's whole state; rows are drawn by step, not from a stream. So a worker
+that starts from a checkpoint goes through the same batches with the same numbers. `metrics.jsonl` is cut back to
+the checkpoint's step before it goes on: each step is there once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow.parquet as pq
+import ray.train
+import ray.train.torch
+import torch
+from torch import nn
+
+from medusa.checkpoint import BackboneRef, CheckpointMeta, save_checkpoint
+from medusa.heads import MedusaHeads
+from medusa.model import Backbone
+from medusa.training.batch import Row
+from medusa.training.trainer import NonFiniteLossError, Trainer
+from pipelines.journal import RunLog
+from pipelines.split import is_held_back
+
+if TYPE_CHECKING:
+    from pipelines.train import TrainConfig
+
+METRICS = "metrics.jsonl"
+CHECKPOINT = "checkpoint"
+STATE, STATES = "state", ".states"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob:
+    """Everything a worker needs; plain values, as it travels to other processes."""
+
+    backbone: str
+    dtype: str | None
+    tokenizer_digest: str
+    table: Path
+    step_folder: Path
+    config: TrainConfig
+    use_gpu: bool
+    token_map: tuple[int, ...] | None
+    training: Mapping[str, Any]
+    log: RunLog
+    on_step: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """How the worker ended; `failure` is for errors that a retry from the last checkpoint would only repeat."""
+
+    steps: int
+    tokens_seen: int
+    failure: str | None = None
+
+
+class Checkpoints(Protocol):
+    """Where a trainer's states go."""
+
+    def restore(self, trainer: Trainer) -> None:
+        """Loads the last state, if there is one."""
+        ...
+
+    def save(self, trainer: Trainer) -> None: ...
+
+
+def train_on_ray(job_config: Mapping[str, Any]) -> TrainOutcome:
+    """The function that Ray Train runs on each worker."""
+    job: TrainJob = job_config["job"]
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
+    if not job.use_gpu:
+        torch.set_num_threads(max(int(job.config.cpus_per_worker), 1))
+    trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=_distributed)
+    return run_training(job, trainer, RayCheckpoints(rank), leads=rank == 0)
+
+
+def train_here(job: TrainJob) -> TrainOutcome:
+    """The same in this process, without Ray."""
+    device = torch.device("cuda" if job.use_gpu else "cpu")
+    trainer = build_trainer(job, device)
+    return run_training(job, trainer, FolderCheckpoints(job.step_folder / STATES), leads=True)
+
+
+def build_trainer(
+    job: TrainJob,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Trainer:
+    dtype = None if job.dtype is None else getattr(torch, job.dtype)
+    backbone = Backbone.from_pretrained(job.backbone, dtype=dtype, device=device)
+    config = job.config.heads.on(backbone.hidden_size, backbone.vocab_size)
+    token_map = None if job.token_map is None else torch.tensor(job.token_map)
+    heads = MedusaHeads.initialised(config, backbone.lm_head_weight, token_map)
+    rows, _ = read_rows(job.table, job.config.validation_fraction)
+    wrap = wrap if world_size > 1 else lambda module: module
+    return Trainer(backbone, heads, rows, job.config.trainer, rank=rank, world_size=world_size, wrap=wrap)
+
+
+def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, leads: bool) -> TrainOutcome:
+    """Trains to the end from the last checkpoint. The worker that `leads` writes records and the heads."""
+    config = job.config.trainer
+    checkpoints.restore(trainer)
+    recorder = Recorder(job, trainer) if leads else None
+    try:
+        while not trainer.finished:
+            metrics = trainer.train_step(trainer.next_batches())
+            if job.on_step is not None:
+                job.on_step(metrics.step)
+            if metrics.step % config.log_every == 0 or trainer.finished:
+                record = trainer.take_record(metrics)
+                if recorder is not None:
+                    recorder.write(record)
+            if metrics.step % config.checkpoint_every == 0 or trainer.finished:
+                checkpoints.save(trainer)
+    except NonFiniteLossError as error:
+        return TrainOutcome(trainer.step, trainer.tokens_seen, str(error))
+    if leads:
+        save_heads(job, trainer)
+    return TrainOutcome(trainer.step, trainer.tokens_seen)
+
+
+def read_rows(table: Path, held_back: float) -> tuple[list[Row], int]:
+    """The rows to train on, by (id, turn), and how many were kept back."""
+    columns = ["id", "turn", "prompt_ids", "completion_ids"]
+    rows = pq.read_table(table, columns=columns).sort_by([("id", "ascending"), ("turn", "ascending")])
+    trained = [
+        Row.of(prompt.values.to_numpy(), completion.values.to_numpy())
+        for id_, prompt, completion in zip(
+            rows["id"].to_pylist(), rows["prompt_ids"], rows["completion_ids"], strict=True
+        )
+        if not is_held_back(id_, held_back)
+    ]
+    return trained, rows.num_rows - len(trained)
+
+
+def save_heads(job: TrainJob, trainer: Trainer) -> None:
+    """The Medusa checkpoint, in the backbone's dtype; one that an interrupted run left is replaced."""
+    backbone = trainer.backbone
+    reference = BackboneRef(name=backbone.name, weights_digest=backbone.digest, tokenizer_digest=job.tokenizer_digest)
+    training = {**job.training, "steps": trainer.step, "tokens": trainer.tokens_seen}
+    meta = CheckpointMeta(heads=trainer.heads.config, backbone=reference, training=training)
+    shutil.rmtree(job.step_folder / CHECKPOINT, ignore_errors=True)
+    save_checkpoint(job.step_folder / CHECKPOINT, trainer.heads.to(backbone.dtype), meta)
+
+
+class RayCheckpoints:
+    """States through ray.train.report, which every rank must call: Ray keeps them under the run's name."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def restore(self, trainer: Trainer) -> None:
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is not None:
+            with checkpoint.as_directory() as folder:
+                trainer.load_state(Path(folder) / STATE)
+
+    def save(self, trainer: Trainer) -> None:
+        metrics = {"step": trainer.step}
+        if self._rank != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            trainer.save_state(Path(folder) / STATE)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+class FolderCheckpoints:
+    """States in a folder of this machine; only the last one stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def restore(self, trainer: Trainer) -> None:
+        states = self._states()
+        if states:
+            trainer.load_state(states[-1])
+
+    def save(self, trainer: Trainer) -> None:
+        older = self._states()
+        trainer.save_state(self._folder / f"step-{trainer.step:09d}")
+        for state in older:
+            shutil.rmtree(state)
+
+    def _states(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+
+class Recorder:
+    """Appends records to metrics.jsonl and to the run's journal, with tokens a second since the last one."""
+
+    def __init__(self, job: TrainJob, trainer: Trainer) -> None:
+        self._path = job.step_folder / METRICS
+        self._log = job.log
+        self._keep_until(trainer.step)
+        self._tokens, self._time = trainer.tokens_seen, time.monotonic()
+
+    def write(self, record: Mapping[str, float]) -> None:
+        now, tokens = time.monotonic(), int(record["tokens_seen"])
+        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
+        self._tokens, self._time = tokens, now
+        line = {**record, "tokens_per_second": rate}
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        values = {name: value for name, value in line.items() if name != "step"}
+        self._log.log_metrics(values, step=int(record["step"]))
+
+    def _keep_until(self, step: int) -> None:
+        """Drops what a killed worker wrote after its last checkpoint; those steps come again."""
+        kept = [record for record in read_records(self._path) if record["step"] <= step]
+        partial = self._path.with_name(f".{METRICS}.partial")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(partial, self._path)
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl; a last line that a kill cut off is no record."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _distributed(module: nn.Module) -> nn.Module:
+    return ray.train.torch.prepare_model(
+        module,
+        parallel_strategy="ddp",
+        parallel_strategy_kwargs={"broadcast_buffers": False, "gradient_as_bucket_view": True},
+    )
