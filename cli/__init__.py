@@ -1,0 +1,1 @@
+"""The `medusa` command: the one package that may import both shells."""

@@ -1,0 +1,43 @@
+"""Ray for one command: the cluster of RAY_ADDRESS, or an embedded one that ends with the command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MIN_CPUS = 4  # fewer logical CPUs make Ray Train with its controller wait for ever
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """Connects or starts, and leaves or stops only what it started.
+
+    An embedded Ray listens on this machine alone and is gone with the command, so it needs no token and sends no
+    usage statistics unless the environment says otherwise.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its own progress: ours is on the bars
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init(
+            address="local",
+            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
+            object_store_memory=2**30,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

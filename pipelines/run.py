@@ -1,0 +1,137 @@
+"""The whole pipeline: prompts, distil, train, calibrate, evaluate, register; each step skipped when it is done.
+
+A step reads the finished steps before it, so running one of them runs (or skips) what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import torch
+from rich.console import Console
+
+from medusa.config import ConfigError, load_config, strict
+from medusa.model import Backbone
+from pipelines import progress
+from pipelines.artifact import StepOutput, only_complete_steps
+from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
+from pipelines.distill import DistillConfig, distill
+from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.prompts import PromptsConfig, prepare_prompts
+from pipelines.register import RegisterConfig, champion_folder, register
+from pipelines.tracking import Tracker, TrackingConfig
+from pipelines.train import TrainConfig, train
+
+T = TypeVar("T")
+Step = Literal["prompts", "distill", "train", "calibrate", "evaluate", "register"]
+STEPS: tuple[Step, ...] = get_args(Step)
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The backbone: a folder or hub id. `dtype` null: float32 on a CPU, the checkpoint's own on a GPU."""
+
+    backbone: str
+    dtype: Dtype | None = None
+    device: str | None = None
+
+    @property
+    def located(self) -> ModelConfig:
+        """With the folder's absolute path: Ray's workers have another working directory. Hub ids stay."""
+        return replace(self, backbone=str(Path(self.backbone).resolve())) if Path(self.backbone).is_dir() else self
+
+    def load(self) -> Backbone:
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return Backbone.from_pretrained(self.backbone, dtype=dtype, device=self.device)
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """One pipeline: `root` holds its steps' folders, everything else is the config of a step."""
+
+    name: str
+    root: str = "runs"
+    model: ModelConfig
+    prompts: PromptsConfig
+    distill: DistillConfig
+    train: TrainConfig
+    calibrate: CalibrateConfig
+    evaluate: EvaluateConfig
+    register: RegisterConfig = field(default_factory=RegisterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every step needs beside its config and inputs."""
+
+    root: Path
+    model: ModelConfig
+    tracker: Tracker
+    console: Console = field(default_factory=Console)
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """Loaded once a process, by the first step that needs it here."""
+        return self.model.load()
+
+    def bar(self, label: str, total: int) -> AbstractContextManager[progress.Advance]:
+        return progress.bar(label, total, self.console)
+
+    def track(self, iterable: Iterable[T], label: str, total: int) -> Iterator[T]:
+        return progress.track(iterable, label, total, self.console)
+
+
+def load_pipeline(path: Path, overrides: Iterable[str] = ()) -> PipelineConfig:
+    """The config file with its overrides; relative paths in it are taken from the working directory."""
+    return load_config(PipelineConfig, path, list(overrides))
+
+
+def run_pipeline(
+    config: PipelineConfig, *, first: Step = "prompts", last: Step = "register", console: Console | None = None
+) -> dict[Step, StepOutput]:
+    """Runs the steps up to `last` and returns their outputs. Ray must be initialised.
+
+    Steps before `first` must be complete already: StepMissingError names the one that is not.
+    """
+    if last == "register" and config.tracking.uri is None:
+        raise ConfigError(
+            "tracking.uri is null, and there is no registry without MLflow; set it, or end the run with `--to evaluate`"
+        )
+    root = Path(config.root).resolve()
+    with Tracker.open(config.tracking, root, config.name, config) as tracker:
+        context = RunContext(root, config.model.located, tracker, console or Console())
+        outputs: dict[Step, StepOutput] = {}
+        for step in STEPS[: STEPS.index(last) + 1]:
+            required = STEPS.index(step) < STEPS.index(first)
+            with only_complete_steps() if required else nullcontext():
+                outputs[step] = _run_step(context, config, step, outputs)
+        return outputs
+
+
+def _run_step(
+    context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]
+) -> StepOutput:
+    match step:
+        case "prompts":
+            return prepare_prompts(context, config.prompts)
+        case "distill":
+            return distill(context, config.distill, outputs["prompts"])
+        case "train":
+            return train(context, config.train, outputs["distill"])
+        case "calibrate":
+            held_back = config.train.validation_fraction
+            return calibrate(context, config.calibrate, outputs["train"], outputs["distill"], held_back)
+        case "evaluate":
+            champion = champion_folder(context, config.register, outputs["calibrate"].path / CHECKPOINT)
+            return evaluate(context, config.evaluate, outputs["calibrate"], champion)
+        case "register":
+            return register(context, config.register, outputs["calibrate"].path / CHECKPOINT, outputs["evaluate"])
