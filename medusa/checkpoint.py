@@ -18,13 +18,13 @@ import shutil
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from medusa.config import strict, to_dict, validate
+from medusa.config import ConfigError, strict, to_dict, validate
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 
@@ -74,7 +74,7 @@ class CheckpointMeta:
     heads: HeadsConfig
     backbone: BackboneRef
     schema_version: int = SCHEMA_VERSION
-    head_kind: str = "medusa"
+    head_kind: Literal["medusa"] = "medusa"
     calibration: Calibration | None = None
     trees: list[list[list[int]]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
@@ -107,8 +107,8 @@ def save_checkpoint(directory: Path, heads: MedusaHeads, meta: CheckpointMeta, *
         (partial / CONFIG).write_text(json.dumps(_loader_config(meta), indent=2) + "\n")
         (partial / META).write_text(json.dumps(to_dict(meta), indent=2) + "\n")
         (partial / "README.md").write_text(readme or _default_readme(meta))
-        for file in partial.iterdir():
-            _fsync(file)
+        for path in (*partial.iterdir(), partial):
+            _fsync(path)
         partial.rename(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -126,21 +126,12 @@ def load_checkpoint(directory: Path, backbone: Backbone | None = None) -> Checkp
     if backbone is not None:
         check_pair(meta, backbone)
     tensors = _read_weights(directory)
-    heads = MedusaHeads(meta.heads, tensors.get("token_map"))
-    expected, found = set(heads.state_dict()), set(tensors)
-    if expected != found:
-        raise CheckpointError(
-            f"{directory / WEIGHTS} does not fit its {META}: missing {sorted(expected - found)}, "
-            f"unexpected {sorted(found - expected)}"
-        )
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"tensor {name} of {directory / WEIGHTS} holds NaN or infinite values; train again")
-    if "0.0.linear.weight" in tensors:
-        heads = heads.to(tensors["0.0.linear.weight"].dtype)
     try:
-        heads.load_state_dict(tensors)
-    except RuntimeError as error:
+        heads = _heads_of(meta.heads, tensors)
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} does not fit its {META}: {error}") from error
     if backbone is not None:
         heads = heads.to(backbone.device, backbone.dtype)
@@ -165,7 +156,10 @@ def read_meta(directory: Path) -> CheckpointMeta:
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         found = content.get("schema_version") if isinstance(content, dict) else None
         raise CheckpointError(f"{directory / META} has schema version {found}; this release reads {SCHEMA_VERSION}")
-    return validate(CheckpointMeta, content, source=str(directory / META))
+    try:
+        return validate(CheckpointMeta, content, source=str(directory / META))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def update_meta(directory: Path, **changes: Any) -> CheckpointMeta:
@@ -205,6 +199,17 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{directory / WEIGHTS} is damaged: {error}") from error
 
 
+def _heads_of(config: HeadsConfig, tensors: dict[str, torch.Tensor]) -> MedusaHeads:
+    with torch.device("meta"):  # no memory and no random numbers for weights that are read
+        heads = MedusaHeads(config, tensors.get("token_map"))
+    expected, found = set(heads.state_dict()), set(tensors)
+    if expected != found:
+        raise ValueError(f"missing {sorted(expected - found)}, unexpected {sorted(found - expected)}")
+    heads = heads.to(tensors["0.0.linear.weight"].dtype).to_empty(device="cpu")
+    heads.load_state_dict(tensors)
+    return heads
+
+
 def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
     """The superset of keys that other loaders read. Every "num…heads" must agree: vLLM folds them into one."""
     heads = meta.heads
@@ -228,8 +233,9 @@ def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
 def _default_readme(meta: CheckpointMeta) -> str:
     return (
         f"# Medusa heads for {meta.backbone.name}\n\n"
-        f"{meta.heads.num_heads} heads of {meta.heads.num_layers} residual block(s), {meta.heads.vocabulary} vocabulary. "
-        f"They guess tokens ahead for the backbone with weights `{meta.backbone.weights_digest}` and no other.\n"
+        f"{meta.heads.num_heads} heads of {meta.heads.num_layers} residual block(s), {meta.heads.vocabulary} "
+        f"vocabulary. They guess tokens ahead for the backbone with weights\n`{meta.backbone.weights_digest}` "
+        "and no other.\n"
     )
 
 

@@ -110,15 +110,23 @@ def accept(
 ) -> Accepted:
     """Keeps the deepest node all of whose ancestors are kept. Where several are deepest the highest `score_BN` wins
     (typical acceptance: the path's log-probability); exact acceptance never has several."""
-    whole_BN = ((kept_BN & tree.valid_BN)[:, None, :] | ~tree.ancestors_BNN).all(-1) & tree.valid_BN
+    whole_BN = ((kept_BN & tree.valid_BN)[:, None, :] | ~tree.ancestors_BNN).all(-1)  # a node is its own ancestor too
     depth_BN = torch.where(whole_BN, tree.depth_BN, -1)
-    deepest_BN = depth_BN == depth_BN.amax(-1, keepdim=True)
-    score_BN = torch.zeros_like(depth_BN, dtype=torch.float32) if score_BN is None else score_BN
-    last_B = torch.where(deepest_BN, score_BN, float("-inf")).argmax(-1)
+    if score_BN is not None:
+        deepest_BN = depth_BN == depth_BN.amax(-1, keepdim=True)
+        last_B = torch.where(deepest_BN, score_BN, float("-inf")).argmax(-1)
+    else:
+        last_B = depth_BN.argmax(-1)
     rows = torch.arange(len(last_B), device=last_B.device)
     num_B = tree.depth_BN[rows, last_B] + 1
-    path_BD = torch.full((len(last_B), tree.max_depth + 1), -1, device=last_B.device)
-    on_path_BN = tree.ancestors_BNN[rows, last_B]
-    row, node = on_path_BN.nonzero(as_tuple=True)
-    path_BD[row, tree.depth_BN[row, node]] = node
-    return Accepted(path_BD, last_B, samples_BN[rows, last_B], num_B)
+    return Accepted(_path(tree, last_B), last_B, samples_BN[rows, last_B], num_B)
+
+
+def _path(tree: TreeBatch, last_B: torch.Tensor) -> torch.Tensor:
+    """The nodes from the root to each `last_B` by depth, [B, D + 1], -1 after the last."""
+    rows = torch.arange(len(last_B), device=last_B.device)
+    beyond = tree.max_depth + 1  # a column for the nodes off the path, dropped at the end
+    column_BN = torch.where(tree.ancestors_BNN[rows, last_B], tree.depth_BN, beyond)
+    node_BN = torch.arange(column_BN.shape[1], device=last_B.device).expand_as(column_BN)
+    path_BD = torch.full((len(last_B), beyond + 1), -1, device=last_B.device)
+    return path_BD.scatter_(1, column_BN, node_BN)[:, :beyond]

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from medusa.config import strict
+from medusa.kernels.linear import linear
 
 Vocabulary = Literal["own", "shared", "truncated"]
 
@@ -88,26 +89,29 @@ class MedusaHeads(nn.ModuleList):
         heads = cls(config, token_map).to(lm_head_weight.device, lm_head_weight.dtype)
         if config.vocabulary != "shared":
             rows = lm_head_weight if config.vocabulary == "own" else lm_head_weight[heads.token_map]
-            for head in heads:
-                head[-1].weight.data.copy_(rows)
+            for head in range(config.num_heads):
+                heads._layers(head)[-1].weight.data.copy_(rows)
         return heads
 
     def features(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
         """The head's own hidden state, before its vocabulary matrix: [..., d] -> [..., d]."""
-        for block in list(self[head])[: self.config.num_layers]:
-            hidden = block(hidden)
+        for layer in range(self.config.num_layers):
+            hidden = self._layers(head)[layer](hidden)
         return hidden
 
     def vocabulary_weight(self, head: int, lm_head_weight: torch.Tensor) -> torch.Tensor:
         """The matrix [V or V_t, d] that turns the head's features into logits."""
-        return lm_head_weight if self.config.vocabulary == "shared" else self[head][-1].weight
+        return lm_head_weight if self.config.vocabulary == "shared" else self._layers(head)[-1].weight
 
-    def logits(self, hidden: torch.Tensor, lm_head_weight: torch.Tensor) -> list[torch.Tensor]:
-        """Each head's raw logits [..., V or V_t]; the caller applies the backbone's logit scale and soft-cap."""
-        return [
-            functional.linear(self.features(k, hidden), self.vocabulary_weight(k, lm_head_weight))
-            for k in range(self.config.num_heads)
-        ]
+    def logits(
+        self, hidden: torch.Tensor, lm_head_weight: torch.Tensor, num_heads: int | None = None
+    ) -> list[torch.Tensor]:
+        """Raw logits [..., V or V_t] of the first `num_heads` heads (default: all); the caller applies the backbone's
+        logit scale and soft-cap."""
+        features = [self.features(k, hidden) for k in range(self.config.num_heads if num_heads is None else num_heads)]
+        if self.config.vocabulary == "shared":  # one product, so that the matrix is read once
+            return list(linear(torch.stack(features), lm_head_weight).unbind())
+        return [linear(x, self.vocabulary_weight(k, lm_head_weight)) for k, x in enumerate(features)]
 
     def guess(
         self,
@@ -115,15 +119,17 @@ class MedusaHeads(nn.ModuleList):
         lm_head_weight: torch.Tensor,
         width: int,
         cap: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+        num_heads: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Each head's `width` best guesses, best first: token ids of the backbone's vocabulary and log-probabilities.
 
-        Both are [B, K, S]. `cap` is the backbone's logit scale and soft-cap (`Backbone.cap`).
+        Both are [B, K, S]. `cap` is the backbone's logit scale and soft-cap (`Backbone.cap`). `num_heads` asks the
+        first heads only.
         """
         if width > self.config.head_vocab_size:
             raise ValueError(f"{width} guesses asked of heads over {self.config.head_vocab_size} tokens")
         token_ids, logprobs = [], []
-        for logits in self.logits(hidden_Bd, lm_head_weight):
+        for logits in self.logits(hidden_Bd, lm_head_weight, num_heads):
             capped = cap(logits).float()
             top = capped.topk(width, dim=-1)
             logprobs.append(top.values - capped.logsumexp(-1, keepdim=True))
@@ -132,6 +138,9 @@ class MedusaHeads(nn.ModuleList):
         if self.config.vocabulary == "truncated":
             ids_BKS = self.token_map[ids_BKS]
         return ids_BKS, torch.stack(logprobs, 1)
+
+    def _layers(self, head: int) -> Any:
+        return self[head]
 
 
 def _head(config: HeadsConfig) -> nn.Sequential:

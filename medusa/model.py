@@ -2,7 +2,8 @@
 
 One attention function is registered with transformers. A forward that carries a `tree` keyword sends each layer's
 query, key and value to that tree's `attend`, which writes them to the engine's KV cache and looks along ancestors;
-everything else of the model (projections, RoPE, norms, MLPs) is transformers' own.
+everything else of the model (projections, RoPE, norms, MLPs) is transformers' own. What such a forward cannot carry is
+refused by name: from the configuration before any weights are read, and by one small forward after.
 
 Shapes: B sequences, T tokens or N tree nodes a sequence, H heads, D head size, d hidden size, V vocabulary.
 """
@@ -15,9 +16,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-PLAIN_ATTENTION = "sdpa"
 TREE_ATTENTION = "medusa_tree"
 # RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -26,6 +33,10 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 class UnsupportedModelError(ValueError):
     """The model is of a kind that tree decoding does not cover; the message names the kind."""
+
+
+class ModelNotFoundError(FileNotFoundError):
+    """There is no model where one was named, or it has no safetensors."""
 
 
 class TreeAttention(Protocol):
@@ -56,9 +67,19 @@ def _tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     *,
-    tree: TreeAttention,
-    **_: Any,
+    tree: TreeAttention | None = None,
+    position_ids: torch.Tensor | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
+    kind = module.config.model_type  # type: ignore[union-attr]
+    if tree is None:
+        raise UnsupportedModelError(f"{kind} does not hand keyword arguments down to its attention")
+    if not getattr(module, "is_causal", True):
+        raise UnsupportedModelError(f"{kind} is not causal here; only decoders can carry Medusa heads")
+    # A mask of the model's own, attention sinks, position biases, chosen blocks: all change what a token attends to.
+    others["attention_mask"] = attention_mask
+    if asked := sorted(name for name, given in others.items() if given is not None and given is not False):
+        raise UnsupportedModelError(f"{kind} attends with {asked}, which tree attention does not cover")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree.attend(int(module.layer_idx), query, key, value, scaling, sliding_window, softcap), None  # type: ignore[arg-type]
 
@@ -79,6 +100,7 @@ class Backbone:
         self.name = name
         self._digest = digest
         self._directory: Path | None = None
+        self.kv_shape = self._see_through()  # (key-value heads, head size) of every layer
 
     @classmethod
     def from_pretrained(
@@ -98,9 +120,10 @@ class Backbone:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
-        check_supported(AutoConfig.from_pretrained(directory))
+        config = AutoConfig.from_pretrained(directory)
+        check_supported(config)
         model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", attn_implementation=PLAIN_ATTENTION, use_safetensors=True
+            directory, dtype=dtype or "auto", attn_implementation=_plain_attention(config), use_safetensors=True
         )
         backbone = cls(model.to(device), name=Path(name).name if Path(name).is_dir() else str(name))
         backbone._directory = directory
@@ -112,7 +135,8 @@ class Backbone:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config.hidden_size)
+        """Of what the LM head reads (a few models project to another size before it)."""
+        return int(self.lm_head_weight.shape[1])
 
     @property
     def vocab_size(self) -> int:
@@ -126,13 +150,6 @@ class Backbone:
     @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
-
-    @property
-    def kv_shape(self) -> tuple[int, int]:
-        """(key-value heads, head size) of every layer."""
-        heads = int(self.config.num_attention_heads)
-        head_size = getattr(self.config, "head_dim", None) or self.hidden_size // heads
-        return int(getattr(self.config, "num_key_value_heads", None) or heads), int(head_size)
 
     @property
     def lm_head_weight(self) -> torch.Tensor:
@@ -157,7 +174,7 @@ class Backbone:
     @torch.no_grad()
     def hidden_states(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Plain causal forward: what the LM head reads, [B, T, d]. Padding on the right changes nothing before it."""
-        self._use(PLAIN_ATTENTION)
+        self._use(_plain_attention(self.config))
         return self.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
 
     @torch.no_grad()
@@ -188,18 +205,54 @@ class Backbone:
         if self.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
 
+    @torch.no_grad()
+    def _see_through(self) -> tuple[int, int]:
+        """Runs two tokens: every layer attends once and alike, and `logits` are the model's own. Returns `kv_shape`."""
+        token_ids, probe, kind = torch.arange(2, device=self.device)[None], _Probe(), self.config.model_type
+        self.tree_hidden_states(token_ids, token_ids, probe)
+        alike = len(probe.shapes) == 1 and all(key_size == value_size for _, key_size, value_size in probe.shapes)
+        if sorted(probe.layers) != list(range(self.num_layers)) or not alike:
+            raise UnsupportedModelError(
+                f"{kind} attends in layers {probe.layers} with (heads, key size, value size) {sorted(probe.shapes)}; "
+                f"the KV cache needs each of {self.num_layers} layers once, and keys and values of one size in all"
+            )
+        logits = self.logits(self.hidden_states(token_ids)).float()
+        own_logits = self.model(input_ids=token_ids, use_cache=False).logits.float()
+        if logits.shape != own_logits.shape or (logits - own_logits).abs().max() > 0.01 * own_logits.abs().max():
+            raise UnsupportedModelError(
+                f"{kind} changes hidden states or logits around its LM head in a way not covered"
+            )
+        return probe.shapes.pop()[:2]
+
+
+class _Probe:
+    """Stands in for the KV cache once, to see what the layers bring."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+        self.shapes: set[tuple[int, int, int]] = set()
+
+    def attend(
+        self, layer: int, query_BHND: torch.Tensor, key_BHND: torch.Tensor, value_BHND: torch.Tensor, *_: object
+    ) -> torch.Tensor:
+        self.layers.append(layer)
+        self.shapes.add((key_BHND.shape[1], key_BHND.shape[3], value_BHND.shape[3]))
+        return query_BHND.new_zeros(*query_BHND.transpose(1, 2).shape[:3], value_BHND.shape[3])
+
 
 def check_supported(config: PretrainedConfig, model_class: type | None = None) -> None:
     """Raises UnsupportedModelError, naming the kind, for models whose trees would decode wrongly."""
     kind = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; only decoders can carry Medusa heads")
+    if config.get_text_config() is not config:
+        raise UnsupportedModelError(f"{kind} is multimodal; save its text model on its own and give that")
     for parameters in _rope_parameters(config):
         rope = parameters.get("rope_type", parameters.get("type", "default"))
         if rope not in ROPE_TYPES:
             raise UnsupportedModelError(
-                f"{kind} has RoPE of type {rope!r}, whose angles depend on the length of the whole sequence; "
-                f"supported types are {sorted(ROPE_TYPES)}"
+                f"{kind} has RoPE of type {rope!r}; supported are {sorted(ROPE_TYPES)}, whose angles depend on "
+                "a token's own position alone"
             )
     unknown = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
@@ -207,8 +260,20 @@ def check_supported(config: PretrainedConfig, model_class: type | None = None) -
     for name in ("kv_lora_rank", "num_kv_shared_layers", "attention_chunk_size", "ssm_cfg", "state_size"):
         if getattr(config, name, None):
             raise UnsupportedModelError(f"{kind} has {name}={getattr(config, name)}; its KV cache is not supported")
-    if model_class is not None and not getattr(model_class, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{kind} ({model_class.__name__}) does not use transformers' attention registry")
+    model_class = model_class or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model_class is None:
+        raise UnsupportedModelError(f"{kind} has no causal language model in transformers")
+    if getattr(model_class, "_is_stateful", False):
+        raise UnsupportedModelError(f"{kind} keeps a recurrent state, which a tree of drafts cannot share")
+    if not all(getattr(model_class, f"_supports_{way}", False) for way in ("sdpa", "attention_backend")):
+        raise UnsupportedModelError(
+            f"{kind} ({model_class.__name__}) attends in a way of its own, outside transformers' attention registry"
+        )
+
+
+def _plain_attention(config: PretrainedConfig) -> str:
+    """transformers' "sdpa" drops the soft-cap on attention scores (Gemma 2) without a word."""
+    return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
 
 
 def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -222,7 +287,7 @@ def model_directory(name: str | Path, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_absolute() or str(name).startswith("."):
-        raise FileNotFoundError(f"no model folder at {name}; give a folder with config.json, or a hub id like org/name")
+        raise ModelNotFoundError(f"no model folder at {name}; give one with config.json, or a hub id like org/name")
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -233,7 +298,7 @@ def weights_digest(directory: Path) -> str:
     """sha256 over the folder's safetensors files, in name order."""
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"{directory} holds no .safetensors file; convert the model's weights to safetensors")
+        raise ModelNotFoundError(f"{directory} holds no .safetensors file; convert the model's weights to safetensors")
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 
 import torch
 
@@ -51,10 +52,15 @@ class SamplingParams:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
-        _require(all(self.stop), "stop", self.stop, "strings that are not empty")
+        _require(
+            isinstance(self.stop, (tuple, list)) and all(self.stop), "stop", self.stop, "several strings, none empty"
+        )
         _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
         _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "-2 to 2")
         _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "-2 to 2")
+        _require(
+            all(map(isfinite, self.logit_bias.values())), "logit_bias", self.logit_bias, "finite numbers by token id"
+        )
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or more")
         _require(self.n >= 1, "n", self.n, "at least 1")
 
@@ -104,8 +110,9 @@ class SamplingBatch:
 
         Rows at temperature 0 keep their logits.
         """
-        greedy = self.temperature == 0
-        scaled = logits_BNV.float() / torch.where(greedy, 1.0, self.temperature)[:, None, None]
+        # The floor keeps quotients finite; below it every draw is the argmax anyway.
+        temperature = torch.where(self.temperature == 0, 1.0, self.temperature.clamp(min=1e-6))
+        scaled = logits_BNV.float() / temperature[:, None, None]
         return self._restricted(scaled) if self.any_restricted else scaled
 
     def sample(self, logits_BNV: torch.Tensor, position_B: torch.Tensor, depth_BN: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import secrets
-import time
-from collections.abc import Callable, Sequence as Items
+from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +15,13 @@ import torch
 
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
-from medusa.engine.kv_cache import PAGE_SIZE, KVCache, pages_for
+from medusa.engine.kv_cache import KVCache
+from medusa.engine.limits import Limits
+from medusa.engine.profile import CONTEXT, Profiler
 from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
-from medusa.engine.speculation import Policy, StepTimes, ladder_of
+from medusa.engine.speculation import Choose, Policy, StepTimes, always, ladder_of
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -26,9 +29,6 @@ from medusa.tree import TokenTree
 
 Prompt = str | Items[int]
 Speculation = Literal["auto", "off"] | int
-MAX_NODES = 64  # the largest tree a step is sized for
-GUESS_WIDTH = 10  # guesses a head, unless a tree needs more (Medusa's TOPK)
-PROFILE_CONTEXT = 128
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,6 @@ class Engine:
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size must be at least 1, got {max_batch_size}")
         if checkpoint is not None:
             check_pair(checkpoint.meta, backbone)
         if acceptance != "exact" and not isinstance(acceptance, Typical):
@@ -76,24 +74,42 @@ class Engine:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.max_batch_size = max_batch_size
-        self.max_model_len = _model_len(backbone, max_model_len)
         self.trees, self._tokens_per_step = ladder_of(checkpoint.meta) if checkpoint else ((), ())
-        self._max_nodes = max([MAX_NODES, *(tree.num_nodes for tree in self.trees)])
-        self._cache = self._make_cache(kv_cache_gb)
-        self._scheduler = Scheduler(self._cache, max_batch_size, self._max_nodes)
+        self._limits = Limits.of(
+            backbone,
+            checkpoint,
+            self.trees,
+            max_batch_size=max_batch_size,
+            max_model_len=max_model_len,
+            kv_cache_gb=kv_cache_gb,
+        )
+        for tree in self.trees:
+            self._limits.check_tree(tree)
+        self.max_batch_size = self._limits.max_batch_size
+        self.max_model_len = self._limits.max_model_len
+        self._cache = KVCache(
+            num_layers=backbone.num_layers,
+            kv_shape=backbone.kv_shape,
+            num_pages=self._limits.num_pages,
+            max_batch_size=max_batch_size,
+            max_pages=self._limits.pages_needed(self.max_model_len),
+            dtype=backbone.dtype,
+            device=backbone.device,
+        )
+        self._scheduler = Scheduler(self._cache, max_batch_size, self._limits.max_nodes)
         self._runner = Runner(
             backbone,
             checkpoint,
             self._cache,
             max_batch_size=max_batch_size,
-            guess_width=self._guess_width(),
+            guess_width=self._limits.guess_width,
             acceptance=None if acceptance == "exact" else acceptance,
         )
+        self._profiler = Profiler(self._runner, self._scheduler, self._limits, tokenizer)
         self._ids = itertools.count()
         self._steps = self._prefill_tokens = self._decode_tokens = 0
-        self._choose = self._chooser(speculation, step_times)
         self._last_tree = TokenTree.root()
+        self._choose = self._chooser(speculation, step_times)
 
     @classmethod
     def from_pretrained(
@@ -138,6 +154,7 @@ class Engine:
         """Decodes all prompts: their completions in prompt order, the n of a prompt side by side.
 
         `params` is one for all, or one a prompt. `on_finish(i, completion)` is called as replies to prompt i end.
+        An error leaves the engine idle, as it was found.
         """
         if isinstance(prompts, str):
             raise ValueError("generate takes a list of prompts; put a single prompt into a list")
@@ -146,33 +163,41 @@ class Engine:
             raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters; give one, or one each")
         if self.has_unfinished():
             raise RuntimeError("generate needs an idle engine; use add and step while requests are running")
-        numbers = {self.add(prompt, p): i for i, (prompt, p) in enumerate(zip(prompts, each, strict=True))}
+        numbers: dict[str, int] = {}
         done: dict[tuple[int, int], Completion] = {}
-        while self.has_unfinished():
-            for output in self.step():
-                if output.finished:
-                    i = numbers[output.request_id]
-                    done[i, output.index] = output.finished
+        try:
+            for i, (prompt, its_params) in enumerate(zip(prompts, each, strict=True)):
+                numbers[self.add(prompt, its_params)] = i
+            while self.has_unfinished():
+                for completion in filter(None, (output.finished for output in self.step())):
+                    i = numbers[completion.request_id]
+                    done[i, completion.index] = completion
                     if on_finish:
-                        on_finish(i, output.finished)
+                        on_finish(i, completion)
+        finally:
+            for request_id in numbers if self.has_unfinished() else ():
+                self.abort(request_id)
         return [done[key] for key in sorted(done)]
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
         """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, or unknown ids."""
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check(prompt_ids, params)
-        request_id = f"request-{next(self._ids)}" if request_id is None else request_id
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(token) for token in prompt]
+        self._limits.check_request(prompt_ids, params)
+        if request_id is None:
+            request_id = f"request-{next(self._ids)}"
+        elif self._scheduler.holds(request_id):
+            raise ValueError(f"request id {request_id!r} is in use; give another, or none")
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
-        for index in range(params.n):
+        for i in range(params.n):
             self._scheduler.waiting.append(
                 Sequence(
                     request_id,
-                    index,
+                    i,
                     prompt_ids,
                     params,
                     seed=seed,
                     tokenizer=self.tokenizer,
-                    max_new_tokens=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
+                    max_new_tokens=self._limits.max_new_tokens(prompt_ids, params),
                 )
             )
         return request_id
@@ -180,8 +205,7 @@ class Engine:
     def step(self) -> list[Output]:
         """Prefills what can join, decodes one step of all that run, and returns what each reply gained."""
         admitted = self._scheduler.admit()
-        outputs = self._prefill(admitted) if admitted else []
-        outputs += self._decode()
+        outputs = self._prefill(admitted) + self._decode(self._scheduler.unfinished)
         self._scheduler.retire()
         return outputs
 
@@ -207,158 +231,60 @@ class Engine:
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
         tree = tree or TokenTree.root()
-        if tree.num_nodes > 1:
-            self._check_tree(tree)
-        self._choose = lambda batch_size: tree
+        self._limits.check_tree(tree)
+        self._choose = always(tree)
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        if not self.trees:
-            raise ValueError("the policy needs heads with a calibrated ladder of trees; run `medusa calibrate` first")
-        self._choose = Policy(self.trees, self._tokens_per_step, step_times).choose
+        self._choose = self._policy(step_times)
 
     def measure_step_times(
-        self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = PROFILE_CONTEXT
+        self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = CONTEXT
     ) -> StepTimes:
-        """Times decode steps of this engine, idle, at each batch size and tree: the fastest of `repeats` rounds, the
-        combinations taken in turn so that a passing disturbance does not fall on one of them."""
+        """Times decode steps of this engine, idle, at each batch size and tree: the fastest of `repeats` rounds, with
+        `context` tokens a sequence (fewer where the engine's own context is shorter)."""
         if self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
-        context = min(context, self.max_model_len - 1)
-        best: dict[tuple[int, int], float] = {}
-        for batch_size in batch_sizes:
-            sequences = self._dummies(batch_size, context)
-            for _ in range(repeats + 1):
-                for tree in trees:
-                    key, seconds = (batch_size, tree.num_nodes), self._time_step(sequences, tree, context)
-                    best[key] = min(best.get(key, seconds), seconds)
-            for sequence in sequences:
-                self._scheduler.remove(sequence.request_id)
-        return StepTimes(best)
+        for tree in trees:
+            self._limits.check_tree(tree)
+        return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
 
     def _prefill(self, sequences: list[Sequence]) -> list[Output]:
-        guess = self._choose(len(self._scheduler.running)).num_nodes > 1
-        steps = self._runner.prefill(sequences, guess=guess)
+        if not sequences:
+            return []
+        tree = self._choose(len(self._scheduler.running))
+        steps = self._runner.prefill(sequences, num_heads=tree.max_depth)
         self._prefill_tokens += sum(len(s.prompt_ids) for s in sequences)
         return [s.append(t.token_ids, t.logprobs, decoded=False) for s, t in zip(sequences, steps, strict=True)]
 
-    def _decode(self) -> list[Output]:
-        sequences = [s for s in self._scheduler.running if s.finish_reason is None]
+    def _decode(self, sequences: list[Sequence]) -> list[Output]:
         if not sequences:
             return []
         tree = self._choose(len(sequences))
-        steps = self._runner.decode(sequences, [tree] * len(sequences), guess=tree.num_nodes > 1)
+        steps = self._runner.decode(sequences, [tree] * len(sequences), num_heads=tree.max_depth)
         outputs = [s.append(t.token_ids, t.logprobs) for s, t in zip(sequences, steps, strict=True)]
         self._steps += 1
         self._decode_tokens += sum(len(output.token_ids) for output in outputs)
         self._last_tree = tree
         return outputs
 
-    def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Callable[[int], TokenTree]:
+    def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Choose:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
-            return lambda batch_size: TokenTree.root()
+            return always(TokenTree.root())
         if speculation == "auto":
-            if not self.trees:
-                raise ValueError(
-                    "speculation 'auto' needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
-                    "or give speculation='off'"
-                )
-            times = step_times or self.measure_step_times(_profile_batches(self.max_batch_size), self.trees)
-            return Policy(self.trees, self._tokens_per_step, times).choose
+            return self._policy(step_times)
         sizes = {tree.num_nodes: tree for tree in self.trees}
         if isinstance(speculation, bool) or speculation not in sizes:
             raise ValueError(
                 f"speculation is 'auto', 'off' or a tree size of the ladder {sorted(sizes)}, got {speculation!r}"
             )
-        tree = sizes[int(speculation)]
-        return lambda batch_size: tree
+        return always(sizes[int(speculation)])
 
-    def _check(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(prompt_ids) >= self.max_model_len:
+    def _policy(self, step_times: StepTimes | None) -> Choose:
+        if not self.trees:
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context holds {self.max_model_len} with the reply; "
-                f"give at most {self.max_model_len - 1}"
+                "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
+                "or give speculation='off'"
             )
-        vocab_size = self.backbone.vocab_size
-        unknown = [t for t in (*prompt_ids, *params.logit_bias, *params.stop_token_ids) if not 0 <= t < vocab_size]
-        if unknown:
-            raise ValueError(f"token ids {unknown[:5]} are outside the vocabulary of {vocab_size} tokens")
-        needed = pages_for(len(prompt_ids) + min(params.max_tokens, self.max_model_len) + self._max_nodes)
-        if needed > self._cache.num_pages:
-            raise ValueError(
-                f"the request can need {needed} pages of {PAGE_SIZE} tokens, but the cache holds "
-                f"{self._cache.num_pages}; lower max_tokens or raise kv_cache_gb"
-            )
-
-    def _check_tree(self, tree: TokenTree) -> None:
-        if self.checkpoint is None:
-            raise ValueError(f"a tree of {tree.num_nodes} nodes needs Medusa heads; this engine has none")
-        heads = self.checkpoint.config.num_heads
-        if tree.max_depth > heads:
-            raise ValueError(f"the tree is {tree.max_depth} deep, but there are {heads} heads")
-        if tree.max_rank >= self._guess_width():
-            raise ValueError(f"the tree uses rank {tree.max_rank}, but heads give {self._guess_width()} guesses")
-        if tree.num_nodes > self._max_nodes:
-            raise ValueError(f"the tree has {tree.num_nodes} nodes, the engine is sized for {self._max_nodes}")
-
-    def _guess_width(self) -> int:
-        if self.checkpoint is None:
-            return 1
-        widest = max([GUESS_WIDTH - 1, *(tree.max_rank for tree in self.trees)]) + 1
-        return min(widest, self.checkpoint.config.head_vocab_size)
-
-    def _make_cache(self, kv_cache_gb: float | None) -> KVCache:
-        max_pages = pages_for(self.max_model_len + self._max_nodes)
-        num_pages = self.max_batch_size * max_pages
-        if kv_cache_gb is not None:
-            heads, head_size = self.backbone.kv_shape
-            page_bytes = (
-                2 * self.backbone.num_layers * PAGE_SIZE * heads * head_size * self.backbone.lm_head_weight.itemsize
-            )
-            num_pages = min(num_pages, int(kv_cache_gb * 2**30 / page_bytes) - 1)
-            if num_pages < 1 + pages_for(self._max_nodes):
-                raise ValueError(f"kv_cache_gb={kv_cache_gb} holds {num_pages} pages, too few for one sequence")
-        return KVCache(
-            num_layers=self.backbone.num_layers,
-            kv_shape=self.backbone.kv_shape,
-            num_pages=num_pages,
-            max_batch_size=self.max_batch_size,
-            max_pages=max_pages,
-            dtype=self.backbone.dtype,
-            device=self.backbone.device,
-        )
-
-    def _dummies(self, batch_size: int, context: int) -> list[Sequence]:
-        """Prefilled sequences to time steps on; they never finish and are not counted."""
-        params = SamplingParams(max_tokens=1, temperature=0.0)
-        prompt = [token % self.backbone.vocab_size for token in range(context)]
-        for index in range(batch_size):
-            self._scheduler.waiting.append(
-                Sequence(f"profile-{index}", 0, prompt, params, seed=0, tokenizer=self.tokenizer, max_new_tokens=1)
-            )
-        sequences = self._scheduler.admit()
-        if len(sequences) < batch_size:
-            raise ValueError(f"step times at batch {batch_size} do not fit this engine's {self.max_batch_size} rows")
-        self._runner.prefill(sequences, guess=self.checkpoint is not None)
-        return sequences
-
-    def _time_step(self, sequences: list[Sequence], tree: TokenTree, context: int) -> float:
-        self._runner.rewind(sequences, context)
-        start = time.perf_counter()
-        self._runner.decode(sequences, [tree] * len(sequences), guess=tree.num_nodes > 1)
-        return time.perf_counter() - start
-
-
-def _model_len(backbone: Backbone, asked: int | None) -> int:
-    if asked is not None and not 2 <= asked <= backbone.max_positions:
-        raise ValueError(f"max_model_len must be 2 to the model's {backbone.max_positions} positions, got {asked}")
-    return asked or backbone.max_positions
-
-
-def _profile_batches(max_batch_size: int) -> list[int]:
-    sizes = [1]
-    while sizes[-1] * 2 <= max_batch_size:
-        sizes.append(sizes[-1] * 2)
-    return sizes
+        times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+        return Policy(self.trees, self._tokens_per_step, times).choose

@@ -1,13 +1,13 @@
 """Runs the model: prefill of new sequences, and decode steps over trees. The only place where tensors and host meet.
 
-Device state has one row a running sequence: its committed length, its last token (the next tree's root) and the
-heads' last guesses. Shapes: B sequences of a step, N nodes, K heads, S guesses a head, d hidden size, V vocabulary.
+Device state has one row a running sequence: its committed length, its last token (the next tree's root), the heads'
+last guesses, and how many heads made them. Shapes: B sequences of a step, N nodes, K heads, S guesses a head, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from medusa.checkpoint import Checkpoint
 from medusa.decoding import Accepted, TreeBatch, Typical, accept, match, propose, typical
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
 from medusa.sampling import SamplingBatch, penalise
@@ -29,6 +30,17 @@ class StepTokens:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What stays the same on the device while the same sequences step with the same trees."""
+
+    sequences: list[Sequence]
+    trees: list[TokenTree]
+    rows_B: torch.Tensor
+    tree: TreeBatch
+    sampling: SamplingBatch
 
 
 class Runner:
@@ -54,45 +66,65 @@ class Runner:
         self._length = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._root = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._guesses = torch.zeros(max_batch_size, num_heads, guess_width, dtype=torch.int64, device=device)
-        self._has_guesses = torch.zeros(max_batch_size, dtype=torch.bool, device=device)
+        self._num_guessed = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
+        self._batch: _Batch | None = None
+        pack(backbone.model)
+        if self._heads is not None:
+            pack(self._heads)
 
     @torch.inference_mode()
-    def prefill(self, sequences: Items[Sequence], *, guess: bool) -> list[StepTokens]:
-        """Computes the prompts' keys and values, and each reply's first token."""
+    def prefill(self, sequences: Items[Sequence], *, num_heads: int) -> list[StepTokens]:
+        """Computes the prompts' keys and values, each reply's first token, and guesses of the first `num_heads`."""
         tokens: dict[int, StepTokens] = {}
         for group in _prefill_groups(sequences):
-            for sequence, step_tokens in zip(group, self._prefill_group(group, guess), strict=True):
+            for sequence, step_tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
                 tokens[id(sequence)] = step_tokens
         return [tokens[id(sequence)] for sequence in sequences]
 
     @torch.inference_mode()
-    def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, guess: bool) -> list[StepTokens]:
-        """One step: propose, verify in one forward, accept, commit. `guess` runs the heads for the next step."""
-        rows_B = self._rows(sequences)
+    def decode(self, sequences: list[Sequence], trees: list[TokenTree], *, num_heads: int) -> list[StepTokens]:
+        """One step: propose, verify in one forward, accept, commit. `num_heads` heads guess for the next step; nodes
+        deeper than the heads that guessed for this one take no part."""
+        batch = self._on_device(sequences, trees)
+        rows_B = batch.rows_B
         length_B = self._length[rows_B]
-        tree = TreeBatch.stack(trees, self._backbone.device)
-        tree.valid_BN.logical_and_(self._has_guesses[rows_B][:, None] | (tree.depth_BN == 0))
+        guessed_BN = batch.tree.depth_BN <= self._num_guessed[rows_B][:, None]
+        tree = replace(batch.tree, valid_BN=batch.tree.valid_BN & guessed_BN)
         tokens_BN = propose(tree, self._root[rows_B], self._guesses[rows_B])
         hidden_BNd = self._forward(rows_B, length_B, tree, tokens_BN)
         logits_BNV = self._backbone.logits(hidden_BNd)
-        accepted = self._accept(sequences, tree, tokens_BN, logits_BNV, length_B + 1)
+        accepted = self._accept(batch, tree, tokens_BN, logits_BNV, length_B + 1)
         if tree.max_depth:
             self._cache.compact(rows_B, length_B, accepted.path_BD)
         last_hidden_Bd = hidden_BNd[torch.arange(len(rows_B), device=rows_B.device), accepted.last_B]
-        self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, guess)
+        self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, num_heads)
         return _to_host(sequences, tokens_BN, accepted, logits_BNV)
 
-    def rewind(self, sequences: Items[Sequence], length: int) -> None:
+    def rewind(self, sequences: list[Sequence], length: int) -> None:
         """Forgets what was committed after `length` positions; for timing the same step again. Rows then count as
-        having guesses, whatever they are."""
+        having guesses of all heads, whatever they are."""
         rows_B = self._rows(sequences)
         self._length[rows_B] = length
-        self._has_guesses[rows_B] = self._heads is not None
+        self._num_guessed[rows_B] = self._guesses.shape[1] if self._heads is not None else 0
 
-    def _prefill_group(self, sequences: list[Sequence], guess: bool) -> list[StepTokens]:
+    def _on_device(self, sequences: list[Sequence], trees: list[TokenTree]) -> _Batch:
+        if self._batch is None or self._batch.sequences != sequences or self._batch.trees != trees:
+            device = self._backbone.device
+            self._batch = _Batch(
+                sequences=list(sequences),
+                trees=list(trees),
+                rows_B=self._rows(sequences),
+                tree=TreeBatch.stack(trees, device),
+                sampling=SamplingBatch.stack(
+                    [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], device
+                ),
+            )
+        return self._batch
+
+    def _prefill_group(self, sequences: list[Sequence], num_heads: int) -> list[StepTokens]:
         """A prompt is a chain: every token's parent is the one before, and it has a depth of its own."""
         device = self._backbone.device
-        rows_B = self._rows(sequences)
+        batch = self._on_device(sequences, [TokenTree.root()] * len(sequences))
         prompt_length_B = torch.tensor([len(s.prompt_ids) for s in sequences], device=device)
         longest = int(prompt_length_B.max())
         tokens_BN = torch.tensor([s.prompt_ids + [0] * (longest - len(s.prompt_ids)) for s in sequences], device=device)
@@ -105,12 +137,11 @@ class Runner:
             ancestors_BNN=(chain_N[:, None] >= chain_N).expand(len(sequences), -1, -1),
             max_depth=longest - 1,
         )
-        hidden_BNd = self._forward(rows_B, torch.zeros_like(prompt_length_B), chain, tokens_BN)
-        last_hidden_Bd = hidden_BNd[torch.arange(len(rows_B), device=device), prompt_length_B - 1]
+        hidden_BNd = self._forward(batch.rows_B, torch.zeros_like(prompt_length_B), chain, tokens_BN)
+        last_hidden_Bd = hidden_BNd[torch.arange(len(sequences), device=device), prompt_length_B - 1]
         logits_B1V = self._backbone.logits(last_hidden_Bd)[:, None]
-        root = TreeBatch.stack([TokenTree.root()] * len(sequences), device)
-        accepted = self._accept(sequences, root, tokens_BN[:, :1], logits_B1V, prompt_length_B)
-        self._commit(rows_B, prompt_length_B, accepted.bonus_B, last_hidden_Bd, guess)
+        accepted = self._accept(batch, batch.tree, tokens_BN[:, :1], logits_B1V, prompt_length_B)
+        self._commit(batch.rows_B, prompt_length_B, accepted.bonus_B, last_hidden_Bd, num_heads)
         return _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
 
     def _forward(
@@ -128,22 +159,18 @@ class Runner:
 
     def _accept(
         self,
-        sequences: Items[Sequence],
+        batch: _Batch,
         tree: TreeBatch,
         tokens_BN: torch.Tensor,
         logits_BNV: torch.Tensor,
         position_B: torch.Tensor,
     ) -> Accepted:
         """`position_B` is the absolute position of the token that follows each root."""
-        batch = SamplingBatch.stack(
-            [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], logits_BNV.device
-        )
-        logits_BNV = _processed(sequences, tree, tokens_BN, logits_BNV)
-        samples_BN = batch.sample(logits_BNV, position_B, tree.depth_BN)
-        matched_BN = match(tree, tokens_BN, samples_BN)
-        if self._acceptance is None or batch.all_greedy:
-            return accept(tree, matched_BN, samples_BN)
-        return _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch, self._acceptance)
+        logits_BNV = _processed(batch.sequences, tree, tokens_BN, logits_BNV)
+        samples_BN = batch.sampling.sample(logits_BNV, position_B, tree.depth_BN)
+        if self._acceptance is None or batch.sampling.all_greedy:
+            return accept(tree, match(tree, tokens_BN, samples_BN), samples_BN)
+        return _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch.sampling, self._acceptance)
 
     def _commit(
         self,
@@ -151,17 +178,17 @@ class Runner:
         length_B: torch.Tensor,
         root_B: torch.Tensor,
         last_hidden_Bd: torch.Tensor,
-        guess: bool,
+        num_heads: int,
     ) -> None:
         self._length[rows_B] = length_B
         self._root[rows_B] = root_B
-        self._has_guesses[rows_B] = guess
-        if guess and self._heads is not None:
-            self._guesses[rows_B], _ = self._heads.guess(
-                last_hidden_Bd, self._backbone.lm_head_weight, self._guess_width, self._backbone.cap
-            )
+        self._num_guessed[rows_B] = num_heads
+        if num_heads and self._heads is not None:
+            self._guesses[rows_B, :num_heads] = self._heads.guess(
+                last_hidden_Bd, self._backbone.lm_head_weight, self._guess_width, self._backbone.cap, num_heads
+            )[0]
 
-    def _rows(self, sequences: Items[Sequence]) -> torch.Tensor:
+    def _rows(self, sequences: list[Sequence]) -> torch.Tensor:
         return torch.tensor([s.row for s in sequences], device=self._backbone.device)
 
 
@@ -180,19 +207,17 @@ def _processed(
     sequences: Items[Sequence], tree: TreeBatch, tokens_BN: torch.Tensor, logits_BNV: torch.Tensor
 ) -> torch.Tensor:
     """Logits after min_tokens, logit_bias and penalties; only sequences that ask for them pay for them."""
-    for b, sequence in enumerate(sequences):
-        params, emitted = sequence.params, len(sequence.output_ids)
-        if params.logit_bias or params.has_penalties or emitted < params.min_tokens:
-            logits_BNV = logits_BNV.clone()
-            break
-    for b, sequence in enumerate(sequences):
-        params, emitted = sequence.params, len(sequence.output_ids)
-        if params.logit_bias or params.has_penalties:
-            logits_BNV[b] = penalise(
-                logits_BNV[b], params, sequence.prompt_ids, sequence.output_ids, tokens_BN[b], tree.ancestors_BNN[b]
-            )
-        if emitted < params.min_tokens and sequence.stop_ids:
-            early_N = emitted + tree.depth_BN[b] < params.min_tokens
+    asking = [b for b, s in enumerate(sequences) if s.is_early or s.params.logit_bias or s.params.has_penalties]
+    if not asking:
+        return logits_BNV
+    logits_BNV = logits_BNV.to(torch.float32, copy=True)
+    for b in asking:
+        sequence, params = sequences[b], sequences[b].params
+        logits_BNV[b] = penalise(
+            logits_BNV[b], params, sequence.prompt_ids, sequence.output_ids, tokens_BN[b], tree.ancestors_BNN[b]
+        )
+        if sequence.is_early and sequence.stop_ids:
+            early_N = len(sequence.output_ids) + tree.depth_BN[b] < params.min_tokens
             stop_ids = torch.tensor(sorted(sequence.stop_ids), device=logits_BNV.device)
             logits_BNV[b, :, stop_ids] = logits_BNV[b, :, stop_ids].masked_fill(early_N[:, None], float("-inf"))
     return logits_BNV

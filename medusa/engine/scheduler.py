@@ -18,6 +18,14 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
+    @property
+    def unfinished(self) -> list[Sequence]:
+        """The running sequences that decode on; a reply may have ended with its first token."""
+        return [sequence for sequence in self.running if sequence.finish_reason is None]
+
+    def holds(self, request_id: str) -> bool:
+        return any(sequence.request_id == request_id for sequence in (*self.running, *self.waiting))
+
     def admit(self) -> list[Sequence]:
         """Moves waiting sequences into the batch while rows and pages last; returns the new ones, to be prefilled."""
         admitted: list[Sequence] = []

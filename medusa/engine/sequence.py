@@ -94,6 +94,11 @@ class Sequence:
         """Positions that the reply can come to need, apart from a step's tree."""
         return len(self.prompt_ids) + self.max_new_tokens
 
+    @property
+    def is_early(self) -> bool:
+        """Whether the next token may not end the reply yet."""
+        return len(self.output_ids) < self.params.min_tokens
+
     def append(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob] = (), *, decoded: bool = True) -> Output:
         """Takes a step's tokens up to the first that ends the reply; what follows is dropped everywhere alike.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from medusa.checkpoint import CheckpointMeta
 from medusa.tree import TokenTree, expected_tokens
+
+Choose = Callable[[int], TokenTree]  # the tree of a step, by the number of sequences in it
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,12 @@ class StepTimes:
 
     seconds: Mapping[tuple[int, int], float]
 
+    def __post_init__(self) -> None:
+        if not self.seconds:
+            raise ValueError("step times are empty; measure at least one batch size and tree")
+
     def lookup(self, batch_size: int, num_nodes: int) -> float:
-        """The step's time, linear between the measured sizes and proportional beyond the largest batch."""
+        """The step's time: linear between the measured sizes, proportional beyond the largest, the smallest's below."""
         batches = sorted({batch for batch, _ in self.seconds})
         upper = batches[min(bisect_left(batches, batch_size), len(batches) - 1)]
         lower = max((batch for batch in batches if batch <= batch_size), default=upper)
@@ -32,6 +38,8 @@ class StepTimes:
         upper = sizes[min(bisect_left(sizes, num_nodes), len(sizes) - 1)]
         lower = max((size for size in sizes if size <= num_nodes), default=upper)
         low, high = self.seconds[batch_size, lower], self.seconds[batch_size, upper]
+        if num_nodes > upper:
+            return high * num_nodes / upper
         return low if upper == lower else low + (high - low) * (num_nodes - lower) / (upper - lower)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +66,11 @@ class Policy:
             for tree, tokens in zip(self.trees, self.tokens_per_step, strict=True)
         ]
         return self.trees[speeds.index(max(speeds))]
+
+
+def always(tree: TokenTree) -> Choose:
+    """The same tree at any load."""
+    return lambda batch_size: tree
 
 
 def ladder_of(meta: CheckpointMeta) -> tuple[tuple[TokenTree, ...], tuple[float, ...]]:

@@ -34,6 +34,7 @@ class PagedTree:
         page_size = self.cache.shape[3]
         num_nodes = self.depth_BN.shape[1]
         self._num_pages = (int(self.length_B.max()) + num_nodes + page_size - 1) // page_size
+        self._tables = self.tables_BP[:, : self._num_pages].flatten()
         position_BN = self.length_B[:, None] + torch.arange(num_nodes, device=self.length_B.device)
         pages_BN = self.tables_BP.gather(1, position_BN // page_size)
         self._pages_BN = torch.where(self.valid_BN, pages_BN, self.trash_page)
@@ -51,17 +52,25 @@ class PagedTree:
         softcap: float | None,
     ) -> torch.Tensor:
         """Writes the nodes' keys and values, then attends: [B, N, H, D]."""
-        pool = self.cache[layer]
-        pool[0, self._pages_BN, self._offsets_BN] = key_BHND.transpose(1, 2)
-        pool[1, self._pages_BN, self._offsets_BN] = value_BHND.transpose(1, 2)
-        tables = self.tables_BP[:, : self._num_pages]
-        keys, values = (pool[i][tables].flatten(1, 2).transpose(1, 2) for i in (0, 1))
-        return _grouped_attention(query_BHND, keys, values, self._mask(sliding_window), scaling, softcap)
+        groups = query_BHND.shape[1] // key_BHND.shape[1]
+        mask = self._mask(sliding_window, groups, query_BHND.dtype)
+        keys = self._extended(self.cache[layer, 0], key_BHND)
+        values = self._extended(self.cache[layer, 1], value_BHND)
+        return _grouped_attention(query_BHND, keys, values, mask, scaling, softcap)
 
-    def _mask(self, sliding_window: int | None) -> torch.Tensor:
-        """What each node sees, [B, 1, N, T]; built once a step for each window."""
+    def _extended(self, pool: torch.Tensor, new_BHND: torch.Tensor) -> torch.Tensor:
+        """Writes the nodes' rows into a layer's pages, then reads the sequences' pages: [B, H, T, D]."""
+        pool[self._pages_BN, self._offsets_BN] = new_BHND.transpose(1, 2)
+        pages = pool.index_select(0, self._tables)  # several times as fast as indexing
+        return pages.view(len(new_BHND), -1, *pool.shape[2:]).transpose(1, 2)
+
+    def _mask(self, sliding_window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        """What each node sees, to be added to its scores, [B, 1, groups * N, T]; built once a step for each window."""
         if sliding_window not in self._masks:
-            self._masks[sliding_window] = self._visible(sliding_window)[:, None]
+            hidden_BNT = ~self._visible(sliding_window)
+            mask_BNT = torch.zeros(hidden_BNT.shape, dtype=dtype, device=hidden_BNT.device)
+            mask_BNT.masked_fill_(hidden_BNT, float("-inf"))
+            self._masks[sliding_window] = mask_BNT.repeat(1, groups, 1)[:, None]
         return self._masks[sliding_window]
 
     def _visible(self, sliding_window: int | None) -> torch.Tensor:
@@ -82,19 +91,17 @@ def _grouped_attention(
     query_BHND: torch.Tensor,
     key_BHTD: torch.Tensor,
     value_BHTD: torch.Tensor,
-    mask_B1NT: torch.Tensor,
+    mask_B1MT: torch.Tensor,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Masked attention; query heads that share a key head become more rows of it, so no key is repeated."""
+    """Masked attention; the G query heads that share a key head become its rows, M = G * N, so no key is repeated."""
     batch, heads, nodes, size = query_BHND.shape
-    groups = heads // key_BHTD.shape[1]
-    packed = query_BHND.reshape(batch, heads // groups, groups * nodes, size)
-    mask = mask_B1NT.repeat(1, 1, groups, 1) if groups > 1 else mask_B1NT
+    packed = query_BHND.reshape(batch, key_BHTD.shape[1], -1, size)
     if softcap is None:
-        out = functional.scaled_dot_product_attention(packed, key_BHTD, value_BHTD, attn_mask=mask, scale=scaling)
+        out = functional.scaled_dot_product_attention(packed, key_BHTD, value_BHTD, attn_mask=mask_B1MT, scale=scaling)
     else:
         scores = (packed.float() @ key_BHTD.float().transpose(-1, -2)) * scaling
-        scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, float("-inf"))
+        scores = softcap * torch.tanh(scores / softcap) + mask_B1MT
         out = (scores.softmax(-1) @ value_BHTD.float()).to(query_BHND.dtype)
     return out.reshape(batch, heads, nodes, size).transpose(1, 2).contiguous()
