@@ -23,8 +23,8 @@ from pipelines.evaluate import load_evaluation
 from pipelines.run import PipelineConfig, load_pipeline, run_pipeline
 
 CONFIG = Path("pipelines/configs/demo.yaml")
-CHAT_QUESTION = "What does os.path.join do in Python?"
-COMPLETION_PROMPT = "The standard library module for regular expressions is"
+CHAT_QUESTION = "What does `calendar.Calendar.itermonthdays3` do?"
+COMPLETION_PROMPT = "def fibonacci(n):\n"
 
 
 def demo(
@@ -69,6 +69,7 @@ def _ask_service(pipeline: PipelineConfig, outputs: Mapping[str, StepOutput]) ->
         heads_digest=version["digest"],
         speculation=evaluation["tree_size"] if evaluation["speculation_chosen"] else "off",
         max_batch_size=4,
+        num_cpus=2,  # as many threads as calibration and evaluation ran with
         port=_free_port(),
     )
     with local_service(config) as url:

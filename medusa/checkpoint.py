@@ -172,12 +172,19 @@ def update_meta(directory: Path, **changes: Any) -> CheckpointMeta:
     return meta
 
 
-def check_pair(meta: CheckpointMeta, backbone: Backbone) -> None:
-    """Raises CheckpointMismatchError unless the heads were trained on exactly these weights."""
+def check_pair(meta: CheckpointMeta, backbone: Backbone, tokenizer_digest: str | None = None) -> None:
+    """Raises CheckpointMismatchError unless the heads were trained on exactly these weights, and, where both sides
+    name it, with this tokenizer and chat template."""
     if meta.backbone.weights_digest != backbone.digest:
         raise CheckpointMismatchError(
             f"these heads belong to {meta.backbone.name} ({meta.backbone.weights_digest}), but the backbone is "
             f"{backbone.name} ({backbone.digest}); heads guess well only on the weights they were trained on"
+        )
+    trained = meta.backbone.tokenizer_digest
+    if trained is not None and tokenizer_digest is not None and trained != tokenizer_digest:
+        raise CheckpointMismatchError(
+            f"these heads were trained with the tokenizer and chat template {trained}, but {backbone.name} comes with "
+            f"{tokenizer_digest}; serve them with the tokenizer they were trained with"
         )
 
 

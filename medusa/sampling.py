@@ -120,9 +120,8 @@ class SamplingBatch:
 
         `position_B` is the position of the token that follows the root; a node at depth d draws for d more.
         """
-        greedy_BN = logits_BNV.argmax(-1)
         if self.all_greedy:
-            return greedy_BN
+            return logits_BNV.argmax(-1)
         depths = torch.arange(int(depth_BN.max()) + 1, device=logits_BNV.device)
         shape = (len(position_B), len(depths))
         noise_BDV = gumbel(
@@ -131,24 +130,60 @@ class SamplingBatch:
             position_B[:, None] + depths,
             logits_BNV.shape[-1],
         )
+        noise_BDV.masked_fill_((self.temperature == 0)[:, None, None], 0.0)
         rows = torch.arange(len(position_B), device=logits_BNV.device)[:, None]
-        drawn_BN = (self.distribution(logits_BNV) + noise_BDV[rows, depth_BN]).argmax(-1)
-        return torch.where((self.temperature == 0)[:, None], greedy_BN, drawn_BN)
+        return self.distribution(logits_BNV).add_(noise_BDV[rows, depth_BN]).argmax(-1)
 
     def _restricted(self, logits_BNV: torch.Tensor) -> torch.Tensor:
         """Exact top-k, top-p and min-p, in vLLM's order: min-p first, then top-k, then top-p over what is left."""
-        vocab_size = logits_BNV.shape[-1]
         floor = logits_BNV.amax(-1, keepdim=True) + self.min_p.log()[:, None, None]
         logits_BNV = logits_BNV.masked_fill(logits_BNV < floor, float("-inf"))
-        ordered, order = logits_BNV.sort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(vocab_size, device=logits_BNV.device)
-        limit = torch.where(self.top_k > 0, self.top_k, vocab_size)[:, None, None]
-        ordered = ordered.masked_fill(rank >= limit, float("-inf"))
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        keep_all = (self.top_p >= 1)[:, None, None]
-        dropped = (before >= self.top_p[:, None, None]) & ~keep_all & (rank > 0)
-        ordered = ordered.masked_fill(dropped, float("-inf"))
-        return torch.full_like(logits_BNV, float("-inf")).scatter(-1, order, ordered)
+        num_nodes = logits_BNV.shape[1]
+        top_k_R, top_p_R = (each_B.repeat_interleave(num_nodes) for each_B in (self.top_k, self.top_p))
+        return _keep_top(logits_BNV.flatten(0, 1), top_k_R, top_p_R).view_as(logits_BNV)
+
+
+def _keep_top(logits_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor) -> torch.Tensor:
+    """Each row's `top_k` best tokens (0: all), of them the fewest that reach `top_p`, at least one; the others at -inf.
+
+    Of equal logits the first tokens stay.
+    """
+    lowest_R, count_R = _last_kept(logits_RV, top_k_R, top_p_R)
+    dropped_RV = logits_RV < lowest_R[:, None]
+    tied = (logits_RV.shape[1] - dropped_RV.sum(-1) > count_R) & (lowest_R > float("-inf"))
+    for row in tied.nonzero().flatten().tolist():
+        equal = (logits_RV[row] == lowest_R[row]).nonzero().flatten()
+        surplus = int(logits_RV.shape[1] - dropped_RV[row].sum() - count_R[row])
+        dropped_RV[row, equal[len(equal) - surplus :]] = True
+    return logits_RV.masked_fill(dropped_RV, float("-inf"))
+
+
+def _last_kept(
+    logits_RV: torch.Tensor, top_k_R: torch.Tensor, top_p_R: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest logit that stays in each row, and how many tokens stay. No more of a row is sorted than that takes."""
+    vocab_size = logits_RV.shape[1]
+    limit_R = torch.where(top_k_R > 0, top_k_R.clamp(max=vocab_size), vocab_size)
+    lowest_R, count_R = torch.full_like(top_p_R, float("-inf")), limit_R.clone()
+    open_rows = ((limit_R < vocab_size) | (top_p_R < 1)).nonzero().flatten()
+    for width in (64, 512, vocab_size):
+        logits_OV, limit_O, top_p_O = logits_RV[open_rows], limit_R[open_rows], top_p_R[open_rows]
+        best_OW = logits_OV.topk(min(width, vocab_size)).values
+        rank_W = torch.arange(best_OW.shape[1], device=best_OW.device)
+        in_limit_OW = rank_W < limit_O[:, None]
+        weight_OW = (best_OW - best_OW[:, :1]).exp() * in_limit_OW
+        whole_O = (logits_OV - best_OW[:, :1]).exp().sum(-1)
+        share_OW = weight_OW / torch.where(limit_O < vocab_size, weight_OW.sum(-1), whole_O)[:, None]
+        before_OW = share_OW.cumsum(-1) - share_OW
+        in_nucleus_OW = (before_OW < top_p_O[:, None]) | (top_p_O >= 1)[:, None] | (rank_W == 0)
+        count_O = (in_limit_OW & in_nucleus_OW).sum(-1)
+        lowest_R[open_rows] = best_OW.gather(1, count_O[:, None] - 1)[:, 0]
+        count_R[open_rows] = count_O
+        settled_O = torch.where(limit_O < vocab_size, limit_O <= width, count_O < width)
+        open_rows = open_rows[~settled_O]
+        if width >= vocab_size or not len(open_rows):
+            break
+    return lowest_R, count_R
 
 
 def penalise(

@@ -117,7 +117,9 @@ def choose_tree(
 
 def _held_back_rows(distilled: StepOutput, held_back: float, max_rows: int) -> list[Row]:
     columns = ["id", "turn", "prompt_ids", "completion_ids"]
-    table = pq.read_table(distilled.path / "data", columns=columns).sort_by([("id", "ascending"), ("turn", "ascending")])
+    table = pq.read_table(distilled.path / "data", columns=columns).sort_by(
+        [("id", "ascending"), ("turn", "ascending")]
+    )
     kept = [row for row in table.to_pylist() if is_held_back(row["id"], held_back)]
     rows = [(row["prompt_ids"], row["completion_ids"]) for row in kept[:max_rows]]
     if not rows:
@@ -162,15 +164,17 @@ def _result(
     rows = []
     for tree, tokens in zip(trees, measured, strict=True):
         seconds, estimate = times.lookup(config.concurrency, tree.num_nodes), expected_tokens(tree, accuracy)
-        rows.append({
-            "nodes": tree.num_nodes,
-            "tokens_per_step": tokens,
-            "product_estimate": estimate,
-            "product_error": estimate / tokens - 1,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "speedup": tokens * plain / seconds,
-        })
+        rows.append(
+            {
+                "nodes": tree.num_nodes,
+                "tokens_per_step": tokens,
+                "product_estimate": estimate,
+                "product_error": estimate / tokens - 1,
+                "step_seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "speedup": tokens * plain / seconds,
+            }
+        )
     chosen = {
         str(b): choose_tree(trees, measured, times, b, config.min_gain).num_nodes for b in sorted(config.batch_sizes)
     }
@@ -194,4 +198,3 @@ def _metrics(result: dict[str, Any]) -> dict[str, float]:
 def load_calibration(output: StepOutput) -> dict[str, Any]:
     """calibration.json of a finished step."""
     return json.loads((output.path / CALIBRATION).read_text())
-

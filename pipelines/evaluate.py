@@ -129,8 +129,12 @@ class Bench:
         for concurrency in self._config.concurrency:
             engine = self._engine(checkpoint, concurrency)
             chosen = self._choose(checkpoint, trees, times, concurrency)
-            served[concurrency] = chosen or max(trees, key=lambda tree: by_size[tree.num_nodes] / times.lookup(
-                concurrency, tree.num_nodes) if tree.num_nodes > 1 else 0.0)
+            served[concurrency] = chosen or max(
+                trees,
+                key=lambda tree: (
+                    by_size[tree.num_nodes] / times.lookup(concurrency, tree.num_nodes) if tree.num_nodes > 1 else 0.0
+                ),
+            )
             speeds[concurrency], last = self._race(engine, served[concurrency], promised=chosen is not None)
             replies = replies or last
         first = speeds[self._config.concurrency[0]]
@@ -309,4 +313,3 @@ def _metrics(measured: Measurement) -> dict[str, float]:
 def load_evaluation(output: StepOutput) -> dict[str, Any]:
     """evaluation.json of a finished step."""
     return json.loads((output.path / EVALUATION).read_text())
-

@@ -117,9 +117,7 @@ def run_pipeline(
         return outputs
 
 
-def _run_step(
-    context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]
-) -> StepOutput:
+def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]) -> StepOutput:
     match step:
         case "prompts":
             return prepare_prompts(context, config.prompts)

@@ -28,6 +28,8 @@ os.environ.update(
     MLFLOW_DISABLE_TELEMETRY="true",
     DO_NOT_TRACK="true",
     AWS_EC2_METADATA_DISABLED="true",
+    # Threads of a process wait for each other by spinning, which beside Ray on few cores costs more than it saves.
+    OMP_NUM_THREADS="1",
     # Ray's workers do not inherit sys.path: this is how they import the checkout.
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
 )

@@ -68,7 +68,7 @@ class Engine:
         step_times: StepTimes | None = None,
     ) -> None:
         if checkpoint is not None:
-            check_pair(checkpoint.meta, backbone)
+            check_pair(checkpoint.meta, backbone, tokenizer.digest)
         if acceptance != "exact" and not isinstance(acceptance, Typical):
             raise ValueError(f"acceptance is 'exact' or a Typical rule, got {acceptance!r}")
         self.backbone = backbone
@@ -175,8 +175,7 @@ class Engine:
                     if on_finish:
                         on_finish(i, completion)
         finally:
-            for request_id in numbers if self.has_unfinished() else ():
-                self.abort(request_id)
+            self._scheduler.clear()
         return [done[key] for key in sorted(done)]
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:

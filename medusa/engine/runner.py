@@ -1,7 +1,9 @@
 """Runs the model: prefill of new sequences, and decode steps over trees. The only place where tensors and host meet.
 
 Device state has one row a running sequence: its committed length, its last token (the next tree's root), the heads'
-last guesses, and how many heads made them. Shapes: B sequences of a step, N nodes, K heads, S guesses a head, d hidden size, V vocabulary.
+last guesses, and how many heads made them.
+
+Shapes: B sequences of a step, N nodes, K heads, S guesses a head, d hidden size, V vocabulary.
 """
 
 from __future__ import annotations

@@ -55,6 +55,13 @@ class Scheduler:
         self.waiting = deque(s for s in self.waiting if s.request_id != request_id)
         return removed
 
+    def clear(self) -> None:
+        """Forgets everything, running and waiting."""
+        for sequence in self.running:
+            self._release(sequence)
+        self.running.clear()
+        self.waiting.clear()
+
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.row)
         self._rows.append(sequence.row)

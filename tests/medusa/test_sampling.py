@@ -102,6 +102,26 @@ def test_exactly_top_k_tokens_stay_where_logits_are_equal_the_first_ones():
     assert (kept > -INF).flatten().nonzero().flatten().tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 8.0])
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+def test_a_large_vocabulary_is_restricted_as_if_it_were_sorted_whole(spread, decimals):
+    """Flat rows and peaked ones, with many equal logits: sorting only the best tokens must not show."""
+    vocab = 1500
+    cases = [(top_k, top_p) for top_k in (0, 1, 63, 64, 65, 511, 600, 5000) for top_p in (1.0, 0.999, 0.9, 0.3)]
+    params = [SamplingParams(top_k=top_k, top_p=top_p) for top_k, top_p in cases]
+    logits = (random_logits(len(cases), 1, vocab, seed=5) * spread).round(decimals=decimals)
+    kept = (stack(params).distribution(logits) > -INF).squeeze(1)
+    for b, (top_k, top_p) in enumerate(cases):
+        order = sorted(range(vocab), key=lambda t: (-float(logits[b, 0, t]), t))[: top_k or vocab]
+        share = logits[b, 0, order].double().softmax(-1)
+        before = share.cumsum(-1) - share
+        sure = [t for t, mass in zip(order, before.tolist(), strict=True) if mass < top_p - 1e-5 or top_p == 1]
+        possible = [t for t, mass in zip(order, before.tolist(), strict=True) if mass < top_p + 1e-5 or top_p == 1]
+        found = kept[b].nonzero().flatten().tolist()
+        assert set(sure) <= set(found) <= set(possible), (top_k, top_p)
+        assert set(found) == set(order[: len(found)])  # the first of equals
+
+
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     """Four equally likely tokens: two of them reach 0.5 exactly, and three are needed for a little more."""
     kept = stack([SamplingParams(top_p=0.5), SamplingParams(top_p=0.51)]).distribution(torch.zeros(2, 1, 4))

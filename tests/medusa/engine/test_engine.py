@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -463,6 +465,16 @@ def test_heads_of_another_backbone_are_refused(tiny_llama, make_backbone_dir):
     with pytest.raises(CheckpointMismatchError) as refused:
         Engine(backbone, tokenizer, checkpoint_of(other), speculation="off")
     assert backbone.digest in str(refused.value) and other.digest in str(refused.value)
+
+
+def test_heads_trained_with_another_tokenizer_or_chat_template_are_refused(tiny_llama):
+    backbone, tokenizer = load(tiny_llama)
+    checkpoint = checkpoint_of(backbone)
+    trained_on = dataclasses.replace(checkpoint.meta.backbone, tokenizer_digest="sha256:another")
+    foreign = dataclasses.replace(checkpoint, meta=dataclasses.replace(checkpoint.meta, backbone=trained_on))
+    with pytest.raises(CheckpointMismatchError) as refused:
+        Engine(backbone, tokenizer, foreign, speculation="off")
+    assert tokenizer.digest in str(refused.value) and "sha256:another" in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from medusa import SamplingParams, TokenTree
 from medusa.decoding import accept
 from medusa.engine.runner import Runner
+from medusa.noise import gumbel
 from tests.medusa.engine.support import (
     SIZES,
     TREES,
@@ -228,6 +229,21 @@ def test_seeded_tokens_are_the_same_alone_and_in_a_batch(tiny_llama, size):
     assert [c.token_ids for c in together] == [c.token_ids for c in alone] == [c.token_ids for c in plain.plain]
     mixed = [*params[:3], greedy(max_tokens=16)]  # a greedy row beside sampled ones
     assert [c.token_ids for c in plain.decode(TREES[size], mixed)][:3] == [c.token_ids for c in alone][:3]
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_each_token_is_drawn_with_the_noise_of_its_absolute_position(tiny_llama, size):
+    """From Hugging Face's logits: seed, choice and position alone decide, the prefill's token included."""
+    prompts = random_prompts([4, 30], seed=8)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=77, temperature=0.8, n=2)
+    drawn = Prepared(build_engine(tiny_llama), prompts, params)
+    for completion in drawn.decode(TREES[size]):
+        text, start = [*completion.prompt_token_ids, *completion.token_ids], len(completion.prompt_token_ids)
+        logits_TV = load_reference(tiny_llama)(torch.tensor([text])).logits[0, start - 1 : -1].detach()
+        position_T = torch.arange(start, len(text))
+        seed_T, choice_T = torch.full_like(position_T, 77), torch.full_like(position_T, completion.index)
+        noise_TV = gumbel(seed_T, choice_T, position_T, logits_TV.shape[-1])
+        assert completion.token_ids == (logits_TV / 0.8 + noise_TV).argmax(-1).tolist()
 
 
 def test_another_seed_gives_another_reply_and_an_unseeded_one_can_be_repeated(tiny_llama):

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from medusa import StepTimes, TokenTree
+from medusa.calibration import guess_replies, tokens_per_step, walk
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta
 from medusa.engine.speculation import Policy, always, ladder_of
 from medusa.heads import HeadsConfig
@@ -235,3 +236,17 @@ def test_only_the_heads_that_the_tree_needs_run(tiny_llama):
     asked.clear()
     prepared.decode(TREES[64])
     assert set(asked) == {TREES[64].max_depth}
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 32, 64])
+def test_the_offline_walk_is_the_engine_step_by_step(tiny_llama, size):
+    """What calibration promises of a tree is what decoding with it does, the last step of a reply included."""
+    engine = build_engine(tiny_llama)
+    params = [greedy(max_tokens=n) for n in (1, 2, 19, 40, 33)]
+    prepared = Prepared(engine, random_prompts([6, 19, 40, 11, 3], seed=34), params, rate=0.8)
+    rows = [(c.prompt_token_ids, c.token_ids) for c in prepared.plain]
+    guessed = list(guess_replies(engine.backbone, engine.checkpoint.heads, rows, 10))
+    completions = prepared.decode(TREES[size])
+    assert [walk(item, TREES[size]) for item in guessed] == [c.accepted_per_step for c in completions]
+    steps = sum(c.num_steps for c in completions)
+    assert tokens_per_step(guessed, TREES[size]) == sum(len(c.token_ids) - 1 for c in completions) / steps
