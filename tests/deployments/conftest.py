@@ -25,7 +25,8 @@ REPLY = "Two words, und ein paar Umlaute: äöü, €, 🙂 and a Stop here. "
 class ScriptedEngine:
     """Every reply is `reply`, over and over, `width` tokens a step (the first step gives one, as a prefill does).
 
-    `gate` holds the next step back while it is clear; `fault` is raised by the next step.
+    `gate` holds the next step back while it is clear, and clears itself after step number `pause_after`; `fault` is
+    raised by the next step.
     """
 
     def __init__(self, tokenizer: ChatTokenizer, *, reply: str = REPLY, width: int = 3, max_batch_size: int = 4):
@@ -37,6 +38,7 @@ class ScriptedEngine:
         self.width = width
         self.gate = threading.Event()
         self.gate.set()
+        self.pause_after: int | None = None
         self.fault: Exception | None = None
         self.threads: set[int] = set()
         self.aborted: list[str] = []
@@ -69,6 +71,8 @@ class ScriptedEngine:
         if self.fault:
             raise self.fault
         self._steps += 1
+        if self._steps == self.pause_after:
+            self.gate.clear()
         outputs = [self._advance(sequence) for sequence in self._sequences[: self.max_batch_size]]
         self._sequences = [sequence for sequence in self._sequences if sequence.finish_reason is None]
         return outputs

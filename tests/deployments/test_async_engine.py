@@ -84,10 +84,12 @@ async def test_a_submission_is_taken_whole_or_not_at_all(async_engine, scripted)
 
 
 async def test_leaving_a_stream_early_frees_its_sequences(async_engine, scripted):
+    scripted.pause_after = 2  # else the replies may end before their reader leaves
     endless = SamplingParams(max_tokens=250, n=3)
     async with aclosing(async_engine.generate("hello", endless)) as outputs:
         async for _ in outputs:
             break
+    scripted.gate.set()
     await until(lambda: len(scripted.aborted) == 1 and async_engine.stats().running == 0)
     assert not async_engine._open
 
@@ -170,6 +172,7 @@ async def test_close_ends_the_thread_and_what_still_runs(scripted):
     engine = AsyncEngine(scripted)
     scripted.gate.clear()
     stream = await engine.submit([("hello", SamplingParams(max_tokens=250))])
+    await until(lambda: engine._step_started)
     closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
     await until(lambda: not engine._inbox.empty())
     scripted.gate.set()
