@@ -18,7 +18,9 @@ def ray_cluster() -> Iterator[None]:
     usage statistics unless the environment says otherwise.
     """
     import ray
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # "Loading weights" between our own bars
     if ray.is_initialized():
         yield
         return

@@ -1,4 +1,4 @@
-"""The whole path on a tiny model: `medusa demo` from prompts to two answered requests; then run again, and rollback."""
+"""The whole path on a tiny model: `medusa demo` from prompts to two answered requests; then run again."""
 
 from __future__ import annotations
 

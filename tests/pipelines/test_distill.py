@@ -177,7 +177,6 @@ def test_a_killed_actor_costs_and_doubles_nothing(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
 def test_a_killed_driver_is_resumed(
     ray_cluster: None, undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path
 ) -> None:
