@@ -19,10 +19,10 @@ from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
 from medusa.model import ModelNotFoundError, UnsupportedModelError
 from pipelines.artifact import DamagedStepError, StepMissingError, TryAgain
+from pipelines.bench import EvaluateError
 from pipelines.calibrate import CalibrateError
 from pipelines.distill import DistillError
 from pipelines.distilled import DistilledTableError
-from pipelines.evaluate import EvaluateError
 from pipelines.report import ReportError
 from pipelines.train import TrainError
 from registry.connection import MlflowUnavailable
