@@ -29,8 +29,9 @@ from ray import serve
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
 from medusa import Engine, Typical
-from medusa.checkpoint import CheckpointMismatchError, directory_digest
+from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, strict, to_dict, validate
+from medusa.digests import directory_digest
 
 logger = logging.getLogger(__name__)
 

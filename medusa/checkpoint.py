@@ -11,7 +11,6 @@ Never pickle. Saving is atomic: the folder appears whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -186,15 +185,6 @@ def check_pair(meta: CheckpointMeta, backbone: Backbone, tokenizer_digest: str |
             f"these heads were trained with the tokenizer and chat template {trained}, but {backbone.name} comes with "
             f"{tokenizer_digest}; serve them with the tokenizer they were trained with"
         )
-
-
-def directory_digest(directory: Path) -> str:
-    """sha256 over the folder's files: sorted relative paths, each with its own sha256."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in Path(directory).rglob("*") if path.is_file()):
-        line = f"{file.relative_to(directory).as_posix()} {hashlib.sha256(file.read_bytes()).hexdigest()}\n"
-        digest.update(line.encode())
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:

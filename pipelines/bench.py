@@ -19,8 +19,9 @@ import torch
 
 from medusa import Completion, Engine, SamplingParams, StepTimes, TokenTree
 from medusa.calibration import guess_replies, tokens_per_step
-from medusa.checkpoint import Checkpoint, directory_digest, load_checkpoint
+from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import strict
+from medusa.digests import directory_digest
 from medusa.loops import cut_at_loop
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer

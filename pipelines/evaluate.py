@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa import Completion, StepTimes
-from medusa.checkpoint import directory_digest
 from medusa.config import strict, to_dict
+from medusa.digests import directory_digest
 from medusa.tokenizer import ChatTokenizer
 from pipelines.artifact import StepOutput, open_step
 from pipelines.bench import Bench, BenchConfig, EvaluationPrompt

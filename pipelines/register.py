@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from medusa.checkpoint import CheckpointMeta, read_meta
 from medusa.config import ConfigError, strict
+from medusa.digests import directory_digest
 from pipelines.artifact import StepOutput, open_step
 from pipelines.tracking import TrackingUnavailable
 from registry.connection import MlflowUnavailable, shown
-from registry.digests import directory_digest
 from registry.gate import EvaluationSummary, GateConfig, GateResult, check_champion, evaluate_gate
 from registry.versions import GATE_AGAINST_TAG, Registry, VersionRef
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medusa.digests import directory_digest
 from registry.connection import connect, reaching, shown
-from registry.digests import directory_digest
 from registry.gate import GateRefused, GateResult
 
 if TYPE_CHECKING:

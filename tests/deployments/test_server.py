@@ -24,8 +24,9 @@ from deployments import server
 from deployments.async_engine import EngineUnavailable
 from deployments.server import MedusaServer, ServerConfig, build_app, load_service
 from medusa import Engine, SamplingParams
-from medusa.checkpoint import CheckpointMismatchError, directory_digest
+from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, load_config, to_dict
+from medusa.digests import directory_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]

@@ -14,12 +14,12 @@ from medusa.checkpoint import (
     CheckpointError,
     CheckpointMeta,
     CheckpointMismatchError,
-    directory_digest,
     load_checkpoint,
     read_meta,
     save_checkpoint,
     update_meta,
 )
+from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 from medusa.tree import TokenTree

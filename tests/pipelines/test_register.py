@@ -11,12 +11,12 @@ from mlflow import MlflowClient
 
 from medusa.checkpoint import BackboneRef, CheckpointMeta
 from medusa.config import ConfigError, to_dict
+from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig
 from pipelines.artifact import StepOutput, open_step
 from pipelines.register import RegisterConfig, champion_folder, model_name, register
 from pipelines.tracking import Tracker, TrackingConfig, TrackingUnavailable
 from registry.connection import MlflowUnavailable
-from registry.digests import directory_digest
 from registry.gate import ConcurrencyResult, EvaluationSet, EvaluationSummary, GateConfig, GateRefused, Measurement
 from registry.versions import Registry
 
