@@ -71,7 +71,7 @@ def chat(
     temperature: float = 0.0,
     max_tokens: int = 256,
 ) -> None:
-    """Talks to the model in the terminal; tokens that the heads guessed right, and so came for free, are green.
+    """Talks to the model in the terminal; what a step with accepted guesses added is green.
 
     Example: `medusa chat --heads runs/demo/calibrate/KEY/checkpoint`
     """
@@ -85,7 +85,7 @@ def chat(
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     conversation: list[int] = []
     console.print(f"[dim]{Path(served.backbone).name}, heads: {served.described}. An empty line ends.[/]")
-    while question := console.input("[bold]> [/]").strip():
+    while question := _question(console):
         tokenizer = engine.tokenizer
         prompt = (
             tokenizer.next_turn(conversation, question)
@@ -93,6 +93,14 @@ def chat(
             else tokenizer.encode_chat([{"role": "user", "content": question}])
         )
         conversation = prompt + _stream(engine, prompt, params, console)
+
+
+def _question(console: Console) -> str:
+    """What the user types; an empty line or the end of the input ends the chat."""
+    try:
+        return console.input("[bold]> [/]").strip()
+    except EOFError:
+        return ""
 
 
 def _stream(engine, prompt: list[int], params, console: Console) -> list[int]:  # noqa: ANN001 - imported late
