@@ -1,4 +1,5 @@
-"""Runs the model: prefill of new sequences, and decode steps over trees. The only place where tensors and host meet.
+"""The reference runner, in plain torch: prefill of chunks and decode steps over trees, done when launched (`step.py`).
+Here tensors and host meet. It runs on any device; what a faster runner does must equal it.
 
 Device state has one row a running sequence: its committed length, its last token (the next tree's root), the heads'
 last guesses, and how many heads made them.
@@ -15,23 +16,16 @@ import torch
 
 from medusa.checkpoint import Checkpoint
 from medusa.decoding import Accepted, TreeBatch, Typical, accept, match, propose, typical
-from medusa.engine.kv_cache import KVCache
+from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
 from medusa.sampling import SamplingBatch, penalise
 from medusa.tree import TokenTree
 
-MAX_PREFILL_TOKENS = 2048  # padded tokens of one prefill forward, to bound its memory
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a forward gave one sequence, in order; log-probabilities only when its request asks for them."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
+MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class _Batch:
     """What stays the same on the device while the same sequences step with the same trees."""
 
     sequences: list[Sequence]
+    rows: list[int]
     trees: list[TokenTree]
     rows_B: torch.Tensor
     tree: TreeBatch
@@ -74,19 +69,22 @@ class Runner:
         if self._heads is not None:
             pack(self._heads)
 
-    @torch.inference_mode()
-    def prefill(self, sequences: Items[Sequence], *, num_heads: int) -> list[StepTokens]:
-        """Computes the prompts' keys and values, each reply's first token, and guesses of the first `num_heads`."""
-        tokens: dict[int, StepTokens] = {}
-        for group in _prefill_groups(sequences):
-            for sequence, step_tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
-                tokens[id(sequence)] = step_tokens
-        return [tokens[id(sequence)] for sequence in sequences]
+    @property
+    def lag(self) -> int:
+        return 0
 
     @torch.inference_mode()
-    def decode(self, sequences: list[Sequence], trees: list[TokenTree], *, num_heads: int) -> list[StepTokens]:
-        """One step: propose, verify in one forward, accept, commit. `num_heads` heads guess for the next step; nodes
-        deeper than the heads that guessed for this one take no part."""
+    def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Done:
+        """As StepRunner.prefill; a chunk is a chain of tokens over what is in the sequence's pages already."""
+        steps: dict[Sequence, StepTokens] = {}
+        for group in _prefill_groups(chunks, self._cache.tables.shape[1] * PAGE_SIZE):
+            for chunk, tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
+                steps[chunk.sequence] = tokens if chunk.gives_token else StepTokens([], [])
+        return Done([steps[chunk.sequence] for chunk in chunks])
+
+    @torch.inference_mode()
+    def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, num_heads: int) -> Done:
+        """As StepRunner.decode."""
         batch = self._on_device(sequences, trees)
         rows_B = batch.rows_B
         length_B = self._length[rows_B]
@@ -100,50 +98,63 @@ class Runner:
             self._cache.compact(rows_B, length_B, accepted.path_BD)
         last_hidden_Bd = hidden_BNd[torch.arange(len(rows_B), device=rows_B.device), accepted.last_B]
         self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, num_heads)
-        return _to_host(sequences, tokens_BN, accepted, logits_BNV)
+        return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
-    def rewind(self, sequences: list[Sequence], length: int) -> None:
-        """Forgets what was committed after `length` positions; for timing the same step again. Rows then count as
-        having guesses of all heads, whatever they are."""
+    def rewind(self, sequences: Items[Sequence], length: int) -> None:
+        """As StepRunner.rewind."""
         rows_B = self._rows(sequences)
         self._length[rows_B] = length
         self._num_guessed[rows_B] = self._guesses.shape[1] if self._heads is not None else 0
 
-    def _on_device(self, sequences: list[Sequence], trees: list[TokenTree]) -> _Batch:
-        if self._batch is None or self._batch.sequences != sequences or self._batch.trees != trees:
-            device = self._backbone.device
-            self._batch = _Batch(
-                sequences=list(sequences),
-                trees=list(trees),
-                rows_B=self._rows(sequences),
-                tree=TreeBatch.stack(trees, device),
-                sampling=SamplingBatch.stack(
-                    [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], device
-                ),
-            )
+    def _on_device(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> _Batch:
+        rows = [sequence.row for sequence in sequences]
+        known = self._batch
+        if known is None or (known.sequences, known.rows, known.trees) != (list(sequences), rows, list(trees)):
+            self._batch = self._to_device(sequences, trees)
+        assert self._batch is not None
         return self._batch
 
-    def _prefill_group(self, sequences: list[Sequence], num_heads: int) -> list[StepTokens]:
-        """A prompt is a chain: every token's parent is the one before, and it has a depth of its own."""
+    def _to_device(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> _Batch:
         device = self._backbone.device
-        batch = self._on_device(sequences, [TokenTree.root()] * len(sequences))
-        prompt_length_B = torch.tensor([len(s.prompt_ids) for s in sequences], device=device)
-        longest = int(prompt_length_B.max())
-        tokens_BN = torch.tensor([s.prompt_ids + [0] * (longest - len(s.prompt_ids)) for s in sequences], device=device)
+        return _Batch(
+            sequences=list(sequences),
+            rows=[sequence.row for sequence in sequences],
+            trees=list(trees),
+            rows_B=self._rows(sequences),
+            tree=TreeBatch.stack(trees, device),
+            sampling=SamplingBatch.stack(
+                [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], device
+            ),
+        )
+
+    def _prefill_group(self, chunks: list[PrefillChunk], num_heads: int) -> list[StepTokens]:
+        """A chunk is a chain: every token's parent is the one before, and it has a depth of its own."""
+        device = self._backbone.device
+        sequences = [chunk.sequence for chunk in chunks]
+        batch = self._to_device(sequences, [TokenTree.root()] * len(chunks))
+        start_B = torch.tensor([chunk.start for chunk in chunks], device=device)
+        size_B = torch.tensor([len(chunk.token_ids) for chunk in chunks], device=device)
+        longest = int(size_B.max())
+        padded = [chunk.token_ids + [0] * (longest - len(chunk.token_ids)) for chunk in chunks]
+        tokens_BN = torch.tensor(padded, device=device)
         chain_N = torch.arange(longest, device=device)
         chain = TreeBatch(
             parent_BN=(chain_N - 1).clamp(min=0).expand_as(tokens_BN),
             depth_BN=chain_N.expand_as(tokens_BN),
             rank_BN=torch.zeros_like(tokens_BN),
-            valid_BN=chain_N < prompt_length_B[:, None],
-            ancestors_BNN=(chain_N[:, None] >= chain_N).expand(len(sequences), -1, -1),
+            valid_BN=chain_N < size_B[:, None],
+            ancestors_BNN=(chain_N[:, None] >= chain_N).expand(len(chunks), -1, -1),
             max_depth=longest - 1,
         )
-        hidden_BNd = self._forward(batch.rows_B, torch.zeros_like(prompt_length_B), chain, tokens_BN)
-        last_hidden_Bd = hidden_BNd[torch.arange(len(sequences), device=device), prompt_length_B - 1]
+        hidden_BNd = self._forward(batch.rows_B, start_B, chain, tokens_BN)
+        last_hidden_Bd = hidden_BNd[torch.arange(len(chunks), device=device), size_B - 1]
+        end_B = start_B + size_B
         logits_B1V = self._backbone.logits(last_hidden_Bd)[:, None]
-        accepted = self._accept(batch, batch.tree, tokens_BN[:, :1], logits_B1V, prompt_length_B)
-        self._commit(batch.rows_B, prompt_length_B, accepted.bonus_B, last_hidden_Bd, num_heads)
+        accepted = self._accept(batch, batch.tree, tokens_BN[:, :1], logits_B1V, end_B)
+        told_B = torch.tensor([-1 if c.next_token is None else c.next_token for c in chunks], device=device)
+        root_B = torch.where(told_B >= 0, told_B, accepted.bonus_B)
+        needs_heads = any(chunk.is_last for chunk in chunks)
+        self._commit(batch.rows_B, end_B, root_B, last_hidden_Bd, num_heads if needs_heads else 0)
         return _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
 
     def _forward(
@@ -190,18 +201,22 @@ class Runner:
                 last_hidden_Bd, self._backbone.lm_head_weight, self._guess_width, self._backbone.cap, num_heads
             )[0]
 
-    def _rows(self, sequences: list[Sequence]) -> torch.Tensor:
+    def _rows(self, sequences: Items[Sequence]) -> torch.Tensor:
         return torch.tensor([s.row for s in sequences], device=self._backbone.device)
 
 
-def _prefill_groups(sequences: Items[Sequence]) -> list[list[Sequence]]:
-    """Prompts of similar length together, each group within MAX_PREFILL_TOKENS of padded tokens where it can be."""
-    groups: list[list[Sequence]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
-        if groups and (len(groups[-1]) + 1) * len(sequence.prompt_ids) <= MAX_PREFILL_TOKENS:
-            groups[-1].append(sequence)
+def _prefill_groups(chunks: Items[PrefillChunk], num_positions: int) -> list[list[PrefillChunk]]:
+    """Chunks of similar size together, each group within MAX_PADDED_TOKENS where it can be; padding stays within the
+    `num_positions` that a row's table of pages covers."""
+    groups: list[list[PrefillChunk]] = []
+    for chunk in sorted(chunks, key=lambda c: len(c.token_ids)):
+        size = len(chunk.token_ids)
+        group = groups[-1] if groups else []
+        fits = (len(group) + 1) * size <= MAX_PADDED_TOKENS
+        if group and fits and max(c.start for c in group) + size <= num_positions:
+            group.append(chunk)
         else:
-            groups.append([sequence])
+            groups.append([chunk])
     return groups
 
 
