@@ -10,12 +10,12 @@ import torch
 
 from medusa import Engine, SamplingParams, TokenTree, Typical
 from medusa.checkpoint import CheckpointMismatchError, save_checkpoint
-from medusa.engine.kv_cache import PAGE_SIZE
 from tests.medusa.engine.support import (
     TREES,
     Prepared,
     build_engine,
     checkpoint_of,
+    gigabytes,
     greedy,
     hugging_face,
     load,
@@ -311,13 +311,6 @@ def test_every_sampling_parameter_at_once_equals_plain_decoding(tiny_llama):
 
 
 # Memory and waiting
-
-
-def gigabytes(path, pages):
-    """What `kv_cache_gb` gives a cache of so many pages (one more is the trash page)."""
-    backbone, _ = load(path)
-    heads, size = backbone.kv_shape
-    return (pages + 1.5) * (2 * backbone.num_layers * PAGE_SIZE * heads * size * 4) / 2**30
 
 
 def test_requests_wait_for_pages_and_none_is_lost(prepared, tiny_llama):
