@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa.checkpoint import Checkpoint
-from medusa.decoding import Accepted, TreeBatch, Typical, accept, match, propose, typical
+from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match, propose
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
-from medusa.sampling import SamplingBatch, penalise
+from medusa.sampling import SamplingBatch, forbid_end, penalise
 from medusa.tree import TokenTree
 
 MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
@@ -181,9 +181,12 @@ class Runner:
         """`position_B` is the absolute position of the token that follows each root."""
         logits_BNV = _processed(batch.sequences, tree, tokens_BN, logits_BNV)
         samples_BN = batch.sampling.sample(logits_BNV, position_B, tree.depth_BN)
-        if self._acceptance is None or batch.sampling.all_greedy:
+        if self._acceptance is None or batch.sampling.all_exact:
             return accept(tree, match(tree, tokens_BN, samples_BN), samples_BN)
-        return _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch.sampling, self._acceptance)
+        distribution_BNV = batch.sampling.distribution(logits_BNV)
+        return accept_typical(
+            tree, tokens_BN, logits_BNV, distribution_BNV, samples_BN, batch.sampling.exact, self._acceptance
+        )
 
     def _commit(
         self,
@@ -233,31 +236,10 @@ def _processed(
         logits_BNV[b] = penalise(
             logits_BNV[b], params, sequence.prompt_ids, sequence.output_ids, tokens_BN[b], tree.ancestors_BNN[b]
         )
-        if sequence.is_early and sequence.stop_ids:
-            early_N = len(sequence.output_ids) + tree.depth_BN[b] < params.min_tokens
-            stop_ids = torch.tensor(sorted(sequence.stop_ids), device=logits_BNV.device)
-            logits_BNV[b, :, stop_ids] = logits_BNV[b, :, stop_ids].masked_fill(early_N[:, None], float("-inf"))
+        if sequence.is_early:
+            stop_ids, num_tokens = sorted(sequence.stop_ids), len(sequence.output_ids)
+            logits_BNV[b] = forbid_end(logits_BNV[b], stop_ids, num_tokens, params.min_tokens, tree.depth_BN[b])
     return logits_BNV
-
-
-def _accept_typical(
-    tree: TreeBatch,
-    tokens_BN: torch.Tensor,
-    logits_BNV: torch.Tensor,
-    samples_BN: torch.Tensor,
-    batch: SamplingBatch,
-    rule: Typical,
-) -> Accepted:
-    greedy_B1 = (batch.temperature == 0)[:, None]
-    distribution_BNV = batch.distribution(logits_BNV)
-    typical_BN = typical(tree, tokens_BN, distribution_BNV, rule)
-    kept_BN = torch.where(greedy_B1, match(tree, tokens_BN, samples_BN), typical_BN)
-    bonus_BN = logits_BNV.argmax(-1) if rule.root == "greedy" else samples_BN
-    rows = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
-    logprob_BN = distribution_BNV.log_softmax(-1)[rows, tree.parent_BN, tokens_BN]
-    logprob_BN = torch.where(tree.depth_BN > 0, logprob_BN, 0.0).nan_to_num(neginf=-1e4)
-    path_logprob_BN = (tree.ancestors_BNN * logprob_BN[:, None]).sum(-1)
-    return accept(tree, kept_BN, torch.where(greedy_B1, samples_BN, bonus_BN), path_logprob_BN)
 
 
 def _to_host(

@@ -539,3 +539,19 @@ def test_typical_acceptance_keeps_more_drafts_above_temperature_0_and_counts_the
             assert len(completion.token_ids) == LENGTH == 1 + sum(completion.accepted_per_step)
         lengths.append(sum(c.num_steps for c in mixed))
     assert lengths[1] <= lengths[0]
+
+
+@pytest.mark.parametrize("root", ["greedy", "sampled"])
+def test_a_request_may_ask_a_typical_engine_for_exact_acceptance(prepared, tiny_llama, root):
+    """Then its tokens are plain decoding's, beside requests that are not."""
+    params = SamplingParams(max_tokens=LENGTH, temperature=0.9, seed=8, ignore_eos=True)
+    exact = dataclasses.replace(params, acceptance="exact")
+    plain = Prepared(build_engine(tiny_llama), prepared.prompts, params, rate=0.9)
+    engine = build_engine(tiny_llama, acceptance=Typical(epsilon=0.01, root=root))
+    engine.checkpoint.heads.guess = plain.oracle.guess
+    engine.set_tree(TREE)
+    completions = engine.generate(prepared.prompts, [exact, params, exact])
+    assert [completions[i].token_ids for i in (0, 2)] == [plain.plain[i].token_ids for i in (0, 2)]
+    lossy = engine.generate(prepared.prompts, params)
+    assert [c.token_ids for c in lossy] != [c.token_ids for c in plain.plain]
+    assert [c.token_ids for c in engine.generate(prepared.prompts, exact)] == [c.token_ids for c in plain.plain]
