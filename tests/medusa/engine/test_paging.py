@@ -352,3 +352,16 @@ def test_an_abort_drops_what_is_in_flight(tiny_llama):
             if output.finished:
                 done[output.request_id] = output.finished
     assert [done[name].token_ids for name in names[1:]] == [c.token_ids for c in expected[1:]]
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_steps_read_late_write_within_the_pages_at_the_end_of_the_context(tiny_llama, size):
+    """The step in flight when a reply reaches the last position has gone past it."""
+    prompts = random_prompts([50, 20], seed=62)
+    engine = build_engine(tiny_llama, max_batch_size=2, max_model_len=64)
+    prepared = Prepared(engine, prompts, greedy(max_tokens=500), rate=1.0)
+    engine.set_tree(TREES[size])
+    make_late(engine)
+    completions = run(engine, prompts, prepared.params)
+    assert_same(completions, prepared.plain)
+    assert [len(c.prompt_token_ids) + len(c.token_ids) for c in completions] == [64, 64]
