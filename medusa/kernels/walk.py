@@ -65,8 +65,10 @@ def _commit(
     tl.store(NUM + b, num)
     tl.store(LAST + b, last)
     tl.store(FINISHED + b, finished)
+    total = tl.load(LENGTH + row) + num
+    tl.debug_barrier()  # no warp may still read the row's state when another writes it
     if live:
-        tl.store(LENGTH + row, tl.load(LENGTH + row) + num)
+        tl.store(LENGTH + row, total)
         tl.store(ROOT + row, tl.max(tl.where(d == num - 1, emitted, -1), 0))
         tl.store(NUM_OUTPUT + row, output + num)
         tl.store(REMAINING + row, remaining - num)

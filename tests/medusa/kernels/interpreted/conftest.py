@@ -1,10 +1,17 @@
-"""Random steps to test the kernels on, in Triton's interpreter (../test_interpreted.py runs this folder)."""
+"""Random steps to test the kernels on, in Triton's interpreter (../test_interpreted.py runs this folder).
+
+With MEDUSA_KERNEL_DEVICE=cuda and without TRITON_INTERPRET the same tests run the compiled kernels: every launch then
+takes copies of its tensors on that device, and copies back what they hold afterwards.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -15,6 +22,45 @@ from medusa.kernels.state import Drafts, Emitted, RowState, Trees
 
 CPU = torch.device("cpu")
 POISON = -7777
+LAUNCHES = {
+    "draft": ["draft"],
+    "cut": ["find_cuts"],
+    "sample": ["sample", "reduce_samples"],
+    "walk": ["walk", "walk_typical"],
+    "compact": ["compact"],
+    "topk": ["topk"],
+    "growth": ["grow_trees"],
+}
+
+
+def on_device(launch: Callable[..., None], device: str) -> Callable[..., None]:
+    """The launch function on copies of its tensors, which come back changed as the kernels left them."""
+
+    @functools.wraps(launch)
+    def launched(*args: Any, **keywords: Any) -> None:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def there(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                pairs.append((value, value.to(device, copy=True)))
+                return pairs[-1][1]
+            if is_dataclass(value):
+                return type(value)(**{field.name: there(getattr(value, field.name)) for field in fields(value)})
+            return value
+
+        launch(*map(there, args), **{name: there(value) for name, value in keywords.items()})
+        for here, copy in pairs:
+            if not torch.equal(here, copy.to(here.device)):
+                here.copy_(copy)
+
+    return launched
+
+
+if device := os.environ.get("MEDUSA_KERNEL_DEVICE"):
+    for module_name, names in LAUNCHES.items():
+        module = importlib.import_module(f"medusa.kernels.{module_name}")
+        for name in names:
+            setattr(module, name, on_device(getattr(module, name), device))
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -27,6 +28,7 @@ def _words(OUT, seed, choice, position, first, BLOCK: tl.constexpr):
     tl.store(OUT + tl.arange(0, BLOCK), words.to(tl.int64))
 
 
+@pytest.mark.skipif("MEDUSA_KERNEL_DEVICE" in os.environ, reason="launches a kernel of its own on CPU tensors")
 @pytest.mark.parametrize("seed", [0, -1, 7 + 2**32, -(2**63), 2**63 - 1])
 def test_noise_words_are_bit_equal(seed):
     rng = random.Random(seed)

@@ -158,7 +158,7 @@ def test_typical_walk_equals_its_formula(make_step, shape, root):
             return accept(tree, typical(tree, tokens, logits, rule), drawn, path)
 
         emitted += expect(step, before, out, drafts, formula)
-    assert emitted > 5
+    assert emitted > 2
 
 
 def test_stop_ids_length_and_min_tokens_end_a_reply(make_step):
