@@ -394,10 +394,11 @@ def test_an_abort_drops_what_is_in_flight(tiny_llama):
 def test_steps_read_late_write_within_the_pages_at_the_end_of_the_context(tiny_llama, size):
     """The step in flight when a reply reaches the last position has gone past it."""
     prompts = random_prompts(range(46, 54), seed=62)
+    longer = Prepared(build_engine(tiny_llama, max_batch_size=8), prompts, greedy(max_tokens=40), rate=1.0)
     engine = build_engine(tiny_llama, max_batch_size=8, max_model_len=64)
-    prepared = Prepared(engine, prompts, greedy(max_tokens=500), rate=1.0)
+    engine.checkpoint.heads.guess = longer.oracle.guess  # drafts go on past the end, and are right
     engine.set_tree(TREES[size])
     make_late(engine)
-    completions = run(engine, prompts, prepared.params)
-    assert_same(completions, prepared.plain)
-    assert [len(c.prompt_token_ids) + len(c.token_ids) for c in completions] == [64] * 8
+    completions = run(engine, prompts, greedy(max_tokens=500))
+    for completion, plain in zip(completions, longer.plain, strict=True):
+        assert completion.token_ids == plain.token_ids[: 64 - len(plain.prompt_token_ids)]
