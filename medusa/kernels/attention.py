@@ -41,6 +41,40 @@ def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def _turned(rows, POSITION, COS, SIN, WEIGHT, eps, sc, inside, d, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+    """Heads at the pointers `rows`, normalised if the model does, rotated by their positions, as the model rounds."""
+    half: tl.constexpr = D // 2
+    partner = tl.where(d < half, d + half, d - half)
+    x = _load(rows[:, None] + d[None, :], inside, d, D, BD)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    y = _load(rows[:, None] + partner[None, :], inside, d, D, BD).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        weight_x = tl.load(WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        weight_y = tl.load(WEIGHT + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        x = ((x * scale).to(dtype).to(tl.float32) * weight_x).to(dtype).to(tl.float32)
+        y = ((y * scale).to(dtype).to(tl.float32) * weight_y).to(dtype).to(tl.float32)
+    position = tl.load(POSITION, mask=inside, other=0)
+    angle = position[:, None] * sc + (d % half)[None, :]
+    cos = _load(COS + angle, inside, d, D, BD).to(tl.float32)
+    sin = _load(SIN + angle, inside, d, D, BD).to(tl.float32)
+    return (x * cos + tl.where((d < half)[None, :], -y, y) * sin).to(dtype)
+
+
+@triton.jit
+def prefetch(rows, D: tl.constexpr):
+    """Asks for D contiguous values at each pointer to be brought into L2, without waiting."""
+    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
+    lines: tl.constexpr = (D + line - 1) // line
+    for i in tl.static_range(lines):
+        address = (rows + min(i * line, D - 1)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _scores(q, k, scaling, softcap, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr):
     qk = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scaling
     if SOFTCAP:
@@ -108,10 +142,16 @@ def _attend(
     TABLES,
     BITS,
     DEPTH,
+    POSITION,
+    COS,
+    SIN,
+    QNORM,
+    KNORM,
     OUT,
     PART,
     LSE,
     ARRIVED,
+    eps,
     scaling,
     softcap,
     window,
@@ -123,6 +163,7 @@ def _attend(
     ss,
     sh,
     st,
+    sc,
     num_nodes,
     H: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,7 +176,10 @@ def _attend(
     TILES: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BT: tl.constexpr,
     CHAIN: tl.constexpr,
+    FRESH: tl.constexpr,
+    NORM: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,11 +189,9 @@ def _attend(
     tile = tl.program_id(0) % TILES
     head_kv = tl.program_id(1)
     split = tl.program_id(2)
-    await_inputs(PDL)
+    # Up to the wait: what the kernel just ahead does not write. It is found by a chain of loads, each a trip to memory.
     count = tl.load(COUNT + b)
     start = tl.load(START + b)
-    if tile * BM >= count * GROUP:
-        return
     row = tl.load(ROWS + b).to(tl.int64)
     length = tl.load(LENGTH + row).to(tl.int32)
     r = tile * BM + tl.arange(0, BM)
@@ -158,10 +200,6 @@ def _attend(
     live = node < count
     d = tl.arange(0, BD)
     flat = (start + node).to(tl.int64)
-    q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
-    m = tl.full([BM], -1e30, tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
     if CHAIN:
         depth = node
     else:
@@ -172,6 +210,23 @@ def _attend(
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), SPLITS), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)
+    if PDL:
+        for t0 in range(low, high, BN):
+            t = t0 + tl.arange(0, BN)
+            page = tl.load(TABLES + row * st + t // PAGE, mask=t < high, other=0).to(tl.int64)
+            at = page * sp + (t % PAGE) * ss + head_kv * sh
+            prefetch(KEYS + at, D)
+            prefetch(VALUES + at, D)
+    await_inputs(PDL)
+    if tile * BM >= count * GROUP:
+        return
+    if FRESH:
+        q = _turned(Q + flat * sq_m + head * sq_h, POSITION + flat, COS, SIN, QNORM, eps, sc, live, d, D, BD, NORM)
+    else:
+        q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
+    m = tl.full([BM], -1e30, tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
     for t0 in range(low, high, BN):
         t = t0 + tl.arange(0, BN)
         inside = t < high
@@ -186,14 +241,23 @@ def _attend(
         m, l, acc = _update(qk, seen, v, m, l, acc, PRECISION)
     if split == SPLITS - 1:
         last = tl.minimum(count, ((tile + 1) * BM - 1) // GROUP + 1)  # no node sees a later one
-        for j0 in range(0, last, BN):
-            j = j0 + tl.arange(0, BN)
+        for j0 in tl.range(0, last, BT, num_stages=1):
+            j = j0 + tl.arange(0, BT)
             inside = j < last
             t = length + j
             page = tl.load(TABLES + row * st + t // PAGE, mask=inside, other=0).to(tl.int64)
             at = page * sp + (t % PAGE) * ss + head_kv * sh
-            k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
-            v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
+            if FRESH:
+                fresh = (start + j).to(tl.int64)
+                source = Q + fresh * sq_m + (H + head_kv) * sq_h
+                k = _turned(source, POSITION + fresh, COS, SIN, KNORM, eps, sc, inside, d, D, BD, NORM)
+                v = _load(source[:, None] + (H // GROUP) * sq_h + d[None, :], inside, d, D, BD)
+                mine = inside & (j >= tile * BM // GROUP)  # each tile writes its own nodes
+                _store(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)
+                _store(VALUES + at[:, None] + d[None, :], v, mine, d, D, BD)
+            else:
+                k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
+                v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
             if CHAIN:
                 seen = (j[None, :] <= node[:, None]) & inside[None, :]
                 if WINDOW:
@@ -223,13 +287,14 @@ def _attend(
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, warps, stages,
-    and the most nodes that one sequence brings."""
+    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, the most nodes
+    that one sequence brings and how many of them a tile takes, warps and pipeline stages."""
 
     splits: int
     rows: int
     columns: int
     max_nodes: int
+    tree_columns: int = 32
     warps: int = 4
     stages: int = 2
 
@@ -241,7 +306,20 @@ class AttentionPlan:
         tiles = triton.cdiv(packed, rows)
         wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=4, stages=2)
+        return cls(
+            splits, rows, 64, max_nodes, tree_columns=16 if max_nodes <= 16 else 32, warps=8 if rows == MAX_ROWS else 4
+        )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a step's queries and keys become what is attended to: angles by position (cos and sin, half a head each), the
+    nodes' positions, and RMSNorm weights of queries and keys with their epsilon, where the model has them."""
+
+    position_M: torch.Tensor
+    cos_TD: torch.Tensor
+    sin_TD: torch.Tensor
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None
 
 
 @dataclass(frozen=True)
@@ -288,16 +366,25 @@ def attend(
     scratch: Scratch,
     scaling: float,
     *,
+    rotation: Rotation | None = None,
     window: int | None = None,
     softcap: float | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """Attention of M nodes whose keys and values are written already; `cache_layer` is [2, P, page size, G, D].
+    """Attention of M nodes; `cache_layer` is [2, P, page size, G, D].
+
+    Without `rotation` the nodes' keys and values are written already. With it `query_MHD` is [M, H + 2G, D], queries,
+    keys and values as the projections gave them, and the launch itself rotates and writes them. Not for chains, whose
+    tiles would each do it for all nodes before.
 
     Rows of `out_MHD` that belong to no sequence keep what they hold.
     """
-    num_nodes, heads, size = query_MHD.shape
+    num_nodes, size = query_MHD.shape[0], query_MHD.shape[2]
     _, _, page_size, groups, _ = cache_layer.shape
+    heads = out_MHD.shape[1]
+    if (rotation is not None) != (query_MHD.shape[1] > heads) or (rotation and visible.bits_RNW is None):
+        raise ValueError(f"rotation goes with trees and [M, H + 2G, D], got {tuple(query_MHD.shape)}")
+    query_norm, key_norm, eps = (rotation and rotation.norms) or (None, None, 0.0)
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
@@ -305,13 +392,16 @@ def attend(
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
+    angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
-        visible.bits_RNW, visible.depth_RN, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling, softcap or 1.0, window or 0,
-        query_MHD.stride(0), query_MHD.stride(1), out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1),
-        keys.stride(2), visible.tables_RP.stride(0), num_nodes, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
-        PAGE=page_size, SPLITS=plan.splits, TILES=tiles, BM=plan.rows, BN=plan.columns, CHAIN=visible.bits_RNW is None,
-        WINDOW=window is not None, SOFTCAP=softcap is not None,
+        visible.bits_RNW, visible.depth_RN, *angles, query_norm, key_norm, out_MHD, scratch.part, scratch.lse,
+        scratch.arrived, eps, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
+        out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
+        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, H=heads,
+        GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, SPLITS=plan.splits,
+        TILES=tiles, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),
     )  # fmt: skip
