@@ -9,6 +9,7 @@ Shapes: B replies, T positions, K heads, S guesses a head.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
-from medusa.tree import TokenTree
+from medusa.tree import Path, TokenTree
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
 
@@ -63,6 +64,20 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
+def path_accuracy(replies: Iterable[ReplyGuesses], paths: Sequence[Path], num_heads: int) -> list[float]:
+    """How often each path is right as a whole, over the same positions as `head_accuracy`.
+
+    That is the product of the accuracies along it only if heads fail independently, which they do not.
+    """
+    hits: Counter[Path] = Counter()
+    positions = 0
+    for item in replies:
+        for i in range(len(item.reply) - num_heads):
+            positions += 1
+            hits.update(_right_paths(item, i, num_heads))
+    return [hits[path] / max(positions, 1) for path in paths]
+
+
 def walk(item: ReplyGuesses, tree: TokenTree) -> list[int]:
     """Tokens that each decode step of the engine adds to this reply under exact acceptance: `accepted_per_step`."""
     children = set(tree.paths)
@@ -85,6 +100,17 @@ def tokens_per_step(replies: Iterable[ReplyGuesses], tree: TokenTree) -> float:
     """Mean acceptance length over a set: tokens of decode steps over decode steps (1.0 without any step)."""
     steps = [kept for item in replies for kept in walk(item, tree)]
     return sum(steps) / len(steps) if steps else 1.0
+
+
+def _right_paths(item: ReplyGuesses, position: int, num_heads: int) -> Iterator[Path]:
+    """The paths of ranks that lead to the reply's own tokens after reply[position], from one node on."""
+    path: Path = ()
+    for head in range(num_heads):
+        guesses, target = item.guesses[position][head], item.reply[position + head + 1]
+        if target not in guesses:
+            return
+        path = (*path, guesses.index(target))
+        yield path
 
 
 def _guess_batch(backbone: Backbone, heads: MedusaHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:

@@ -96,9 +96,17 @@ class TokenTree:
 def grow(accuracy: Accuracy, num_nodes: int) -> TokenTree:
     """The tree of `num_nodes` nodes with the highest expected acceptance (paper, section 2.3.3).
 
+    Nodes never worth anything (value 0) are not added, so the tree can be smaller. A smaller tree is always part of a
+    larger one.
+    """
+    return TokenTree.from_paths(growth_order(accuracy, num_nodes))
+
+
+def growth_order(accuracy: Accuracy, num_nodes: int) -> list[Path]:
+    """The paths of `grow`, the most valuable first, without the root: every prefix of the list is a tree.
+
     Adds the best connected node, whose value is the product of the accuracies along its path, until the budget is
-    spent; nodes never worth anything (value 0) are not added, so the tree can be smaller. Growth is greedy, hence a
-    smaller tree is always part of a larger one.
+    spent.
     """
     if num_nodes < 1:
         raise ValueError(f"a token tree has at least 1 node, got {num_nodes}")
@@ -121,7 +129,7 @@ def grow(accuracy: Accuracy, num_nodes: int) -> TokenTree:
         negative_value, path = heapq.heappop(frontier)
         paths.append(path)
         offer_children(path, -negative_value)
-    return TokenTree.from_paths(paths)
+    return paths
 
 
 def ladder(accuracy: Accuracy, sizes: Sequence[int]) -> list[TokenTree]:
