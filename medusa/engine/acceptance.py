@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MIN_FACTOR, MAX_FACTOR = 0.25, 4.0  # how far a request may lie from calibration
+MIN_FACTOR, MAX_FACTOR = 1 / 16, 4.0  # how far a request may lie from calibration
 MEMORY = 31 / 32  # of what was seen, what a step with drafts leaves
 FADING = 255 / 256  # ... and a plain step, which shows nothing
 PRIOR = 1.0  # calibration counts as much as so many expected drafts

@@ -108,7 +108,7 @@ class Policy:
         self._gains: Floats = np.asarray(grown.gains)
         self._worth: Floats = np.concatenate([[0.0], np.cumsum(self._gains)])
         self._shapes: dict[tuple[int, int], tuple[tuple[int, ...], Floats]] = {}
-        self._budget = 0  # of the last step; 0 is plain decoding
+        self._budget: int | None = None  # of the last step; 0 is plain decoding
         self._waited = 0
 
     def choose(self, factors: Items[float], context: int) -> Choice:
