@@ -17,9 +17,10 @@ import torch
 
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
-from medusa.tree import Path, TokenTree
+from medusa.tree import Accuracy, Path, TokenTree, grow_in_order
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
+PATH_PRIOR = 3.0  # a head's own accuracy counts as much as so many sights of the parent path
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,21 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
-def path_accuracy(replies: Iterable[ReplyGuesses], paths: Sequence[Path], num_heads: int) -> list[float]:
-    """How often each path is right as a whole, over the same positions as `head_accuracy`.
+def grow_on(replies: Iterable[ReplyGuesses], accuracy: Accuracy, num_nodes: int) -> tuple[list[Path], list[float]]:
+    """The tree that whole paths were right most often for, as its paths in the order of growth, and how often each was.
 
-    That is the product of the accuracies along it only if heads fail independently, which they do not.
+    Counted over the same positions as `head_accuracy`, whose products promise too much of deep paths and too little of
+    some: heads do not fail independently. Rarely seen paths are drawn towards `accuracy`.
     """
-    hits: Counter[Path] = Counter()
-    positions = 0
-    for item in replies:
-        for i in range(len(item.reply) - num_heads):
-            positions += 1
-            hits.update(_right_paths(item, i, num_heads))
-    return [hits[path] / max(positions, 1) for path in paths]
+    hits, positions = _path_counts(replies, len(accuracy))
+    hits[()] = positions
+
+    def given_parent(path: Path) -> float:
+        rate = accuracy[len(path) - 1][path[-1]]
+        return (hits[path] + PATH_PRIOR * rate) / (hits[path[:-1]] + PATH_PRIOR)
+
+    growth = grow_in_order([len(head) for head in accuracy], given_parent, num_nodes)
+    return [path for path, _ in growth], [value for _, value in growth]
 
 
 def walk(item: ReplyGuesses, tree: TokenTree) -> list[int]:
@@ -102,15 +106,20 @@ def tokens_per_step(replies: Iterable[ReplyGuesses], tree: TokenTree) -> float:
     return sum(steps) / len(steps) if steps else 1.0
 
 
-def _right_paths(item: ReplyGuesses, position: int, num_heads: int) -> Iterator[Path]:
-    """The paths of ranks that lead to the reply's own tokens after reply[position], from one node on."""
-    path: Path = ()
-    for head in range(num_heads):
-        guesses, target = item.guesses[position][head], item.reply[position + head + 1]
-        if target not in guesses:
-            return
-        path = (*path, guesses.index(target))
-        yield path
+def _path_counts(replies: Iterable[ReplyGuesses], num_heads: int) -> tuple[Counter[Path], int]:
+    """How often each path of ranks led to the reply's own tokens, and of how many positions."""
+    hits: Counter[Path] = Counter()
+    positions = 0
+    for item in replies:
+        for i in range(len(item.reply) - num_heads):
+            positions += 1
+            path: Path = ()
+            for guesses, target in zip(item.guesses[i], item.reply[i + 1 :], strict=False):
+                if target not in guesses:
+                    break
+                path = (*path, guesses.index(target))
+                hits[path] += 1
+    return hits, positions
 
 
 def _guess_batch(backbone: Backbone, heads: MedusaHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:

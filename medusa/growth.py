@@ -9,7 +9,7 @@ from itertools import accumulate
 from math import prod
 
 from medusa.checkpoint import Calibration, CheckpointMeta
-from medusa.tree import Path, TokenTree, growth_order
+from medusa.tree import Path, TokenTree
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,7 @@ def non_increasing(values: Sequence[float]) -> list[float]:
 
 def _order_of(tree: TokenTree, calibration: Calibration) -> list[Path]:
     """The tree's own nodes, the most valuable first."""
-    order = growth_order(calibration.accuracy, tree.num_nodes)
-    if TokenTree.from_paths(order) == tree:
-        return order
-    return sorted(tree.paths[1:], key=lambda path: (-_product(path, calibration), len(path), path))
+    return sorted(tree.paths[1:], key=lambda path: (-_product(path, calibration), path))
 
 
 def _product(path: Path, calibration: Calibration) -> float:

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from medusa import Engine, StepTimes, TokenTree
-from medusa.calibration import Row, guess_replies, head_accuracy, path_accuracy, tokens_per_step
+from medusa.calibration import Row, grow_on, guess_replies, head_accuracy, tokens_per_step
 from medusa.checkpoint import Calibration, Checkpoint, load_checkpoint, update_meta
 from medusa.config import strict, to_dict
 from medusa.engine.speculation import best_tree
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
-from medusa.tree import expected_tokens, growth_order, ladder
+from medusa.tree import expected_tokens
 from pipelines.artifact import StepOutput, open_step
 from pipelines.split import is_held_back
 
@@ -90,9 +90,9 @@ def calibrate(
                 f"none of the {len(rows)} rows kept back has a reply longer than the {checkpoint.config.num_heads} "
                 "heads reach; distil more or longer replies"
             )
-        trees = ladder(accuracy, [1, *config.sizes])
+        growth, whole_paths = grow_on(replies, accuracy, max(config.sizes))
+        trees = _ladder(growth, config.sizes)
         measured = [tokens_per_step(replies, tree) for tree in trees]
-        growth = growth_order(accuracy, max(config.sizes))
         destination = _calibrated_copy(trained.path / CHECKPOINT, step.path / CHECKPOINT)
         update_meta(
             destination,
@@ -101,7 +101,7 @@ def calibrate(
                 num_positions=positions,
                 tokens_per_step=measured,
                 growth=[list(path) for path in growth],
-                path_accuracy=path_accuracy(replies, growth, checkpoint.config.num_heads),
+                path_accuracy=whole_paths,
             ),
             trees=[tree.to_list() for tree in trees],
         )
@@ -110,6 +110,12 @@ def calibrate(
         (step.path / CALIBRATION).write_text(json.dumps(result, indent=2) + "\n")
         log.log_metrics(_metrics(result))
         return step.commit({"counts": {"rows": len(rows), "positions": positions}})
+
+
+def _ladder(growth: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[TokenTree]:
+    """The trees of these sizes, ascending, from the single root on; equal ones (growth ran out) appear once."""
+    trees = {TokenTree.from_paths(growth[: size - 1]) for size in (1, *sizes)}
+    return sorted(trees, key=lambda tree: tree.num_nodes)
 
 
 def choose_tree(

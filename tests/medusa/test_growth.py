@@ -8,10 +8,10 @@ from itertools import pairwise
 import pytest
 
 from medusa import HeadsConfig, TokenTree
-from medusa.calibration import ReplyGuesses, path_accuracy, tokens_per_step
+from medusa.calibration import ReplyGuesses, grow_on, head_accuracy, tokens_per_step
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta
 from medusa.growth import GrownTree, fit_gains, grown_tree, non_increasing
-from medusa.tree import expected_tokens, grow, growth_order, ladder
+from medusa.tree import expected_tokens, grow, grow_in_order, ladder
 
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.1, 0.05], [0.3, 0.1, 0.0]]
 SIZES = [1, 4, 8, 16]
@@ -27,8 +27,10 @@ def meta(calibration: Calibration | None, trees: list[TokenTree]) -> CheckpointM
 
 
 def test_every_prefix_of_the_growth_order_is_the_grown_tree() -> None:
-    order = growth_order(ACCURACY, 20)
+    growth = grow_in_order([3, 3, 3], lambda path: ACCURACY[len(path) - 1][path[-1]], 20)
+    order = [path for path, _ in growth]
     assert [TokenTree.from_paths(order[:n]) for n in range(20)] == [grow(ACCURACY, n + 1) for n in range(20)]
+    assert [value for _, value in growth] == sorted((value for _, value in growth), reverse=True)
 
 
 def test_a_grown_tree_knows_its_trees_and_expected_tokens() -> None:
@@ -94,30 +96,48 @@ def dependent_replies(seed: int = 0) -> list[ReplyGuesses]:
     return replies
 
 
-def test_path_accuracy_counts_whole_paths() -> None:
+def test_growth_counts_whole_paths() -> None:
     item = ReplyGuesses([5, 6, 7, 8, 9], [[[6, 0], [7, 0]], [[0, 7], [8, 0]], [[8, 1], [0, 1]], [[9], [0]], [[0], [0]]])
-    paths = [(0,), (1,), (0, 0), (1, 0), (1, 1)]
-    assert path_accuracy([item], paths, num_heads=2) == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3, 0])
-    assert path_accuracy([], paths, num_heads=2) == [0.0] * 5
+    many = [item] * 1000  # so that the prior does not matter
+    paths, values = grow_on(many, [[2 / 3, 1 / 3], [1 / 3, 0.0]], 9)
+    assert set(paths[:3]) == {(0,), (0, 0), (1,)} and paths[3:] == [(1, 0)]
+    assert values == pytest.approx([2 / 3, 1 / 3, 1 / 3, 1 / 3], abs=1e-3)
+
+
+def test_paths_seen_too_rarely_grow_by_the_heads_accuracies() -> None:
+    accuracy = [[0.5, 0.3], [0.4, 0.2]]
+    paths, values = grow_on([], accuracy, 7)
+    assert TokenTree.from_paths(paths) == grow(accuracy, 7)
+    assert sum(values) == pytest.approx(expected_tokens(grow(accuracy, 7), accuracy) - 1)
+
+
+def test_a_tree_grown_on_whole_paths_is_as_good_as_any_grown_on_accuracies() -> None:
+    """Also on replies that it has not seen."""
+    seen, unseen = dependent_replies(1), dependent_replies(2)
+    accuracy, _ = head_accuracy(seen, 3, 3)
+    paths, _ = grow_on(seen, accuracy, 12)
+    for size in (3, 4, 6, 8, 12):
+        whole, product = TokenTree.from_paths(paths[: size - 1]), grow(accuracy, size)
+        assert tokens_per_step(unseen, whole) >= tokens_per_step(unseen, product) - 0.01
 
 
 def test_gains_of_a_calibrated_checkpoint_follow_the_walk_where_products_do_not() -> None:
     replies = dependent_replies()
-    accuracy = [[0.4, 0.1]] * 3
-    order = growth_order(accuracy, 8)
-    trees = ladder(accuracy, [1, 2, 4, 8])
+    accuracy, positions = head_accuracy(replies, 3, 3)
+    paths, values = grow_on(replies, accuracy, 8)
+    trees = [TokenTree.from_paths(paths[: size - 1]) for size in (1, 2, 4, 8)]
     calibration = Calibration(
         accuracy=accuracy,
-        num_positions=1,
+        num_positions=positions,
         tokens_per_step=[tokens_per_step(replies, tree) for tree in trees],
-        growth=[list(path) for path in order],
-        path_accuracy=path_accuracy(replies, order, 3),
+        growth=[list(path) for path in paths],
+        path_accuracy=values,
     )
     grown = grown_tree(meta(calibration, trees))
     for size in range(1, 9):
         walked = tokens_per_step(replies, grown.tree(size))
         assert grown.tokens_per_step[size - 1] == pytest.approx(walked, rel=0.03)
-    assert expected_tokens(trees[-1], accuracy) < 0.95 * grown.tokens_per_step[7]
+    assert abs(expected_tokens(trees[-1], accuracy) / grown.tokens_per_step[7] - 1) > 0.05
 
 
 def test_calibration_refuses_paths_without_their_accuracy() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from math import prod
 
 import numpy as np
 import pytest
@@ -13,12 +12,12 @@ from medusa import StepTimes, TokenTree
 from medusa.engine.acceptance import MAX_FACTOR, MIN_FACTOR, Acceptance
 from medusa.engine.speculation import Adaptive, Always, Buckets, Policy, best_tree
 from medusa.growth import GrownTree
-from medusa.tree import growth_order
+from medusa.tree import grow_in_order
 from tests.medusa.engine.support import TREES
 
 ACCURACY = [[0.45 / (k + 1) ** 0.5 * 0.5**rank for rank in range(6)] for k in range(4)]
-PATHS = growth_order(ACCURACY, 64)
-GROWN = GrownTree(tuple(PATHS), tuple(prod(ACCURACY[k][rank] for k, rank in enumerate(path)) for path in PATHS))
+GROWTH = grow_in_order([6] * 4, lambda path: ACCURACY[len(path) - 1][path[-1]], 64)
+GROWN = GrownTree(tuple(path for path, _ in GROWTH), tuple(value for _, value in GROWTH))
 NODES = (2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
