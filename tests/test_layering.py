@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("medusa", "registry", "pipelines", "deployments", "cli")
+PACKAGES = ("medusa", "registry", "pipelines", "deployments", "benchmarks", "cli")
 MAY_IMPORT = {  # of our own packages
     "medusa": {"medusa"},
     "registry": {"registry", "medusa"},
     "pipelines": {"pipelines", "registry", "medusa"},
     "deployments": {"deployments", "registry", "medusa"},
+    "benchmarks": {"benchmarks", "deployments", "pipelines", "registry", "medusa"},
     "cli": set(PACKAGES),
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it

@@ -102,6 +102,7 @@ class Engine:
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
         self._ids = itertools.count()
+        self._step_times = step_times
         self._loop.speculation = self._speculator_of(speculation, step_times)
 
     @classmethod
@@ -216,6 +217,17 @@ class Engine:
         self._limits.check_tree(tree)
         self._loop.speculation = Always(tree)
 
+    def set_speculation(self, speculation: Speculation) -> None:
+        """From the next step on, as the constructor's argument of that name; "auto" measures once an engine."""
+        if speculation == "auto" and self._step_times is None and self.has_unfinished():
+            raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
+        self._loop.speculation = self._speculator_of(speculation, self._step_times)
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        """What "auto" chooses by, once it was measured or given."""
+        return self._step_times
+
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
         self._loop.speculation = self._adaptive(step_times)
@@ -284,6 +296,6 @@ class Engine:
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
                 "or give speculation='off'"
             )
-        times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+        self._step_times = times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
         sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
         return Adaptive(Policy(grown, times, sizes, uniform=True))  # the runner pads all trees to the largest

@@ -1,0 +1,13 @@
+"""`medusa bench ...`: measurements of the whole, each of them a file of benchmarks/."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks.decode import decode
+
+app = typer.Typer(
+    help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
+    no_args_is_help=True,
+)
+app.command()(decode)
