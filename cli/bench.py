@@ -5,9 +5,11 @@ from __future__ import annotations
 import typer
 
 from benchmarks.decode import decode
+from benchmarks.trees import trees
 
 app = typer.Typer(
     help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
     no_args_is_help=True,
 )
 app.command()(decode)
+app.command()(trees)
