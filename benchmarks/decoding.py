@@ -30,7 +30,7 @@ from benchmarks.inflate import inflate, inflate_checkpoint
 from benchmarks.measure import MIN_REPEATS, Interval, Row, plan, probe, rotated_runs, summarise
 from benchmarks.results import markdown, write_results
 from benchmarks.typical import distance_from_exact
-from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
+from benchmarks.workload import MIN_REPLY, Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from medusa import Engine, Typical
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import ConfigError
@@ -76,8 +76,8 @@ class DecodeConfig:
             raise ConfigError(f"--temperatures lists numbers of at least 0, got {self.temperatures}")
         if self.repeats < MIN_REPEATS:
             raise ConfigError(f"--repeats is at least {MIN_REPEATS}, for a median with quartiles; got {self.repeats}")
-        if self.num_prompts < 1 or self.max_tokens < 2 or self.context < 0:
-            raise ConfigError("--num-prompts is at least 1, --max-tokens at least 2, --context at least 0")
+        if self.num_prompts < 1 or self.max_tokens < MIN_REPLY or self.context < 0:
+            raise ConfigError(f"--num-prompts is at least 1, --max-tokens at least {MIN_REPLY}, --context at least 0")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"--dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if not set(self.peers_at) <= set(self.concurrency):

@@ -17,6 +17,8 @@ from medusa.loops import cut_at_loop
 from medusa.tokenizer import ChatTokenizer
 from pipelines.prompt_files import Prompt, read_prompts
 
+MIN_REPLY = 8  # a shorter reply is run past its end up to here: its prefill would leave nothing to time
+
 Advance = Callable[[int], None]
 
 
@@ -75,7 +77,7 @@ def reply_lengths(
     requests = [Request(ids, seed) for seed, ids in enumerate(prompts)]
     for temperature in temperatures:
         for request, reply in zip(requests, _answer(engine, requests, temperature, max_tokens, advance), strict=True):
-            request.lengths[temperature] = max(2, cut_at_loop(reply))  # a reply of one token has no decode step
+            request.lengths[temperature] = max(min(MIN_REPLY, max_tokens), cut_at_loop(reply))
     return requests
 
 

@@ -276,7 +276,6 @@ class Engine:
             acceptance=acceptance,
         )
 
-
     def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
             return Always(TokenTree.root())

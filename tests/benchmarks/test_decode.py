@@ -81,7 +81,7 @@ def test_lengths_are_of_plain_replies_cut_at_loops(tiny_llama: Path, monkeypatch
     counted: list[int] = []
     requests = reply_lengths(engine, prompts, [0.0, 0.7], 12, counted.append)
     plain = hugging_face(tiny_llama, prompts, 12, eos_token_id=2)
-    assert [r.lengths[0.0] for r in requests] == [max(2, len(reply) - 3) for reply in plain]
+    assert [r.lengths[0.0] for r in requests] == [max(8, len(reply) - 3) for reply in plain]
     assert set(requests[0].lengths) == {0.0, 0.7} and sum(counted) == 4
     params = requests[0].params(0.7)
     assert (params.max_tokens, params.temperature, params.ignore_eos) == (requests[0].lengths[0.7], 0.7, True)
@@ -277,7 +277,7 @@ def test_a_small_model_is_measured_in_a_larger_shape(
         "--device",
         "cpu",
     ]
-    arguments += ["--inflate", "tiny-test", "--max-tokens", "4", "--concurrency", "1", "--temperatures", "0"]
+    arguments += ["--inflate", "tiny-test", "--max-tokens", "8", "--concurrency", "1", "--temperatures", "0"]
     arguments += ["--repeats", "3", "--num-prompts", "2", "--no-typical", "--no-peers", "--out", tmp_path / "out"]
     done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
@@ -294,7 +294,7 @@ def test_a_small_model_is_measured_in_a_larger_shape(
         ({"temperatures": (-1.0,)}, "--temperatures"),
         ({"dtype": "int4"}, "--dtype is one of"),
         ({"peers_at": (3,)}, "--peers-at"),
-        ({"max_tokens": 1}, "--max-tokens"),
+        ({"max_tokens": 7}, "--max-tokens"),
     ],
 )
 def test_bad_options_are_named(options, problem) -> None:
@@ -311,7 +311,7 @@ def test_a_draft_of_another_vocabulary_is_refused(
         prompts=prompt_file,
         model=str(tiny_llama),
         draft=str(draft),
-        max_tokens=3,
+        max_tokens=8,
         concurrency=(1,),
         repeats=3,
         num_prompts=1,

@@ -27,8 +27,8 @@ K, V = 3, 40
 
 
 def judged(seed: int, *, telling: bool) -> list[Judged]:
-    """Replies whose heads are right at rank 0 in half of the places. Where they are right they are sure of it
-    (`telling`), or as unsure as elsewhere."""
+    """Replies whose heads hold the true token at rank 0 in half of the places, and elsewhere anywhere among the first
+    four. Heads that hold it at rank 0 are sure of it (`telling`), or as unsure as the others."""
     generator = torch.Generator().manual_seed(seed)
     items = []
     for _ in range(30):
@@ -36,9 +36,12 @@ def judged(seed: int, *, telling: bool) -> list[Judged]:
         logits = torch.randn(25, K, V, generator=generator)
         for t in range(25):
             for k in range(K):
-                easy = bool(torch.rand((), generator=generator) < 0.5)
-                if easy and t + k + 1 < 25:
-                    logits[t, k, reply[t + k + 1]] = logits[t, k].max() + (6.0 if telling else 0.1)
+                likely = torch.randperm(V, generator=generator)[:4]
+                truth = reply[t + k + 1] if t + k + 1 < 25 else likely[0]
+                likely[torch.randint(0, 4, (), generator=generator)] = truth
+                logits[t, k, likely] = 8.0 + 0.1 * torch.rand(4, generator=generator)
+                if torch.rand((), generator=generator) < 0.5:
+                    logits[t, k, truth] = 12.0 if telling else 8.2
         top = logits.log_softmax(-1).topk(WIDTH, -1)
         future = torch.full((25, K), -1)
         for k in range(K):

@@ -296,7 +296,7 @@ class Running:
     """What the policy sees of a sequence."""
 
     def __init__(self) -> None:
-        self.prompt_ids, self.output_ids = [1] * 30, [2] * 10
+        self.num_tokens = 40
         self.acceptance = Acceptance()
 
 
