@@ -10,8 +10,9 @@ Shapes: B replies, T positions, K heads, S guesses a head.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -20,7 +21,8 @@ from medusa.model import Backbone
 from medusa.tree import Accuracy, Path, TokenTree, grow_in_order
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
-PATH_PRIOR = 3.0  # a head's own accuracy counts as much as so many sights of the parent path
+ROOTS_OF = 8  # nodes of the tree whose steps tell where paths are counted
+PATH_PRIOR = 10.0  # a head's own accuracy counts as much as so many sights of the parent path
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,16 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
-def grow_on(replies: Iterable[ReplyGuesses], accuracy: Accuracy, num_nodes: int) -> tuple[list[Path], list[float]]:
-    """The tree that whole paths were right most often for, as its paths in the order of growth, and how often each was.
+def grow_on(replies: Sequence[ReplyGuesses], accuracy: Accuracy, num_nodes: int) -> tuple[list[Path], list[float]]:
+    """The tree whose whole paths were right most often, as its paths in the order of growth, and how often each was.
 
-    Counted over the same positions as `head_accuracy`, whose products promise too much of deep paths and too little of
-    some: heads do not fail independently. Rarely seen paths are drawn towards `accuracy`.
+    Counted where steps begin: right after a miss, where guesses are worse than elsewhere. Products of accuracies over
+    all positions overlook that, and that heads do not fail independently. Where steps begin depends on the tree, so one
+    of ROOTS_OF nodes is grown first, on all positions. Rarely seen paths are drawn towards `accuracy`.
     """
-    hits, positions = _path_counts(replies, len(accuracy))
-    hits[()] = positions
-
-    def given_parent(path: Path) -> float:
-        rate = accuracy[len(path) - 1][path[-1]]
-        return (hits[path] + PATH_PRIOR * rate) / (hits[path[:-1]] + PATH_PRIOR)
-
-    growth = grow_in_order([len(head) for head in accuracy], given_parent, num_nodes)
+    everywhere = _grow(_path_counts(replies, len(accuracy), _all_positions), accuracy, min(num_nodes, ROOTS_OF))
+    tree = TokenTree.from_paths(path for path, _ in everywhere)
+    growth = _grow(_path_counts(replies, len(accuracy), lambda item: _roots(item, tree)), accuracy, num_nodes)
     return [path for path, _ in growth], [value for _, value in growth]
 
 
@@ -106,20 +104,40 @@ def tokens_per_step(replies: Iterable[ReplyGuesses], tree: TokenTree) -> float:
     return sum(steps) / len(steps) if steps else 1.0
 
 
-def _path_counts(replies: Iterable[ReplyGuesses], num_heads: int) -> tuple[Counter[Path], int]:
-    """How often each path of ranks led to the reply's own tokens, and of how many positions."""
+def _grow(hits: Counter[Path], accuracy: Accuracy, num_nodes: int) -> list[tuple[Path, float]]:
+    def given_parent(path: Path) -> float:
+        rate = accuracy[len(path) - 1][path[-1]]
+        return (hits[path] + PATH_PRIOR * rate) / (hits[path[:-1]] + PATH_PRIOR)
+
+    return grow_in_order([len(head) for head in accuracy], given_parent, num_nodes)
+
+
+def _path_counts(
+    replies: Iterable[ReplyGuesses], num_heads: int, positions: Callable[[ReplyGuesses], Iterable[int]]
+) -> Counter[Path]:
+    """How often each path of ranks led to the reply's own tokens; the root, (), counts the positions."""
     hits: Counter[Path] = Counter()
-    positions = 0
     for item in replies:
-        for i in range(len(item.reply) - num_heads):
-            positions += 1
+        for i in positions(item):
+            if i + num_heads >= len(item.reply):
+                continue  # not every head has a token to guess
             path: Path = ()
+            hits[path] += 1
             for guesses, target in zip(item.guesses[i], item.reply[i + 1 :], strict=False):
                 if target not in guesses:
                     break
                 path = (*path, guesses.index(target))
                 hits[path] += 1
-    return hits, positions
+    return hits
+
+
+def _all_positions(item: ReplyGuesses) -> Iterable[int]:
+    return range(len(item.reply))
+
+
+def _roots(item: ReplyGuesses, tree: TokenTree) -> Iterable[int]:
+    """Where the steps of a walk begin."""
+    return accumulate(walk(item, tree)[:-1], initial=0)
 
 
 def _guess_batch(backbone: Backbone, heads: MedusaHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:
