@@ -295,6 +295,13 @@ class Engine:
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
                 "or give speculation='off'"
             )
-        self._step_times = times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
-        sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
-        return Adaptive(Policy(grown, times, sizes, uniform=True))  # the runner pads all trees to the largest
+        buckets = self._runner.buckets
+        if buckets is not None:
+            times = step_times or self._profiler.measure_buckets(buckets, grown)
+            policy = Policy(grown, times, buckets)
+        else:
+            times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+            sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
+            policy = Policy(grown, times, sizes, uniform=True)
+        self._step_times = times
+        return Adaptive(policy)

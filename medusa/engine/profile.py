@@ -11,6 +11,7 @@ from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Sequence
+from medusa.engine.speculation import Buckets
 from medusa.engine.step import PrefillChunk, StepRunner
 from medusa.engine.step_times import CONTEXT, Shape, StepTimes
 from medusa.growth import GrownTree
@@ -19,6 +20,8 @@ from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
 
 T = TypeVar("T")
+
+CONTEXTS = (CONTEXT, 1024)  # of a profile that is measured at the start
 
 
 class Profiler:
@@ -59,6 +62,18 @@ class Profiler:
             finally:
                 self._stop(sequences)
         return StepTimes(best)
+
+    def measure_buckets(self, buckets: Buckets, grown: GrownTree, *, repeats: int = 3) -> StepTimes:
+        """Every shape that the policy may choose, at a short and a long context, as far as rows and pages go."""
+        longest = max(CONTEXTS)
+        sizes = [size for size in buckets.batches if size <= max(self.batch_sizes(longest))]
+        sizes = sizes or list(buckets.batches[:1])
+        steps = {}
+        for batch in sizes:
+            most = batch * grown.max_nodes
+            totals = sorted({batch, *(min(total, most) for total in buckets.nodes if total > batch)})
+            steps[batch] = [spread_evenly(grown, batch, total) for total in totals]
+        return self.measure(steps, repeats=repeats, contexts=CONTEXTS)
 
     def batch_sizes(self, context: int = CONTEXT) -> list[int]:
         """1, 2, 4 and so on while the engine has rows and pages for them."""

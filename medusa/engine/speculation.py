@@ -154,7 +154,8 @@ class Policy:
             useful = [n for n in self._buckets.nodes if n > (1 if self._uniform else bucket)]
             # The first bucket that holds every node there is, is the last that can be worth its price.
             budgets = (0, *useful[: bisect_left(useful, most) + 1])
-            totals = [bucket * max(n, 1) if self._uniform else max(n, bucket) for n in budgets]
+            full = bucket * (len(self._gains) + 1)  # a larger bucket costs the same, and was measured as this
+            totals = [bucket * max(n, 1) if self._uniform else min(max(n, bucket), full) for n in budgets]
             times = np.array([self._times.at(bucket, total, rounded) for total in totals])
             self._shapes[key] = budgets, times
         return self._shapes[key]

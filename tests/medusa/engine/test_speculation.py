@@ -9,7 +9,8 @@ import pytest
 from medusa import StepTimes, TokenTree
 from medusa.calibration import guess_replies, tokens_per_step, walk
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta
-from medusa.engine.speculation import ladder_of
+from medusa.engine.runner import Runner
+from medusa.engine.speculation import Buckets, ladder_of
 from medusa.heads import HeadsConfig
 from tests.medusa.engine.support import (
     ACCURACY,
@@ -179,3 +180,62 @@ def test_the_offline_walk_is_the_engine_step_by_step(tiny_llama, size):
     assert [walk(item, TREES[size]) for item in guessed] == [c.accepted_per_step for c in completions]
     steps = sum(c.num_steps for c in completions)
     assert tokens_per_step(guessed, TREES[size]) == sum(len(c.token_ids) - 1 for c in completions) / steps
+
+
+def test_a_runner_of_ragged_shapes_is_measured_on_them_and_given_ragged_trees(tiny_llama, monkeypatch):
+    """Whatever the policy makes of the shapes, replies are plain decoding's."""
+    buckets = Buckets(nodes=(2, 4, 8, 16, 48, 300), batches=(1, 2, 4))
+    monkeypatch.setattr(Runner, "buckets", property(lambda self: buckets))
+    monkeypatch.setattr("medusa.engine.profile.CONTEXTS", (20, 40))
+    engine = build_engine(tiny_llama, trees=[TREES[4], TREES[64]])
+    prepared = Prepared(engine, random_prompts([6, 19, 40, 9], seed=35), greedy(max_tokens=30))
+    engine.set_speculation("auto")
+    measured = {(batch, total) for batch, total, _ in engine.step_times.seconds}
+    expected = {(b, b) for b in (1, 2, 4)} | {(b, n) for b in (1, 2, 4) for n in buckets.nodes if b < n < 64 * b}
+    assert measured == expected | {(1, 64), (2, 128), (4, 256)}
+    assert {context for _, _, context in engine.step_times.seconds} == {20, 40}
+    cheap = StepTimes({shape: 1.0 + 0.001 * shape[1] for shape in engine.step_times.seconds})
+    engine.set_policy(cheap)
+    trees = []
+    for prompt in prepared.prompts:
+        engine.add(prompt, prepared.params)
+    replies = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            replies.setdefault(output.request_id, []).extend(output.token_ids)
+        trees.append(engine._loop.speculation.choice.nodes)
+    assert list(replies.values()) == [c.token_ids for c in prepared.plain]
+    assert any(len(set(nodes)) > 1 for nodes in trees)
+
+
+def test_what_auto_measured_is_kept_and_can_be_given_to_another_engine(tiny_llama, monkeypatch):
+    engine = build_engine(tiny_llama, trees=LADDER)
+    assert engine.step_times is None
+    engine.set_speculation("auto")
+    times = engine.step_times
+    monkeypatch.setattr("medusa.engine.profile.Profiler.measure", None)
+    engine.set_speculation("off")
+    engine.set_speculation("auto")
+    assert build_engine(tiny_llama, trees=LADDER, speculation="auto", step_times=times).step_times == times
+
+
+def test_auto_cannot_measure_while_requests_run(tiny_llama):
+    engine = build_engine(tiny_llama, trees=LADDER)
+    engine.add([5], greedy(), request_id="r")
+    with pytest.raises(RuntimeError, match="idle engine"):
+        engine.set_speculation("auto")
+    engine.abort("r")
+
+
+def test_accepted_drafts_are_learnt_by_request(tiny_llama):
+    """An oracle whose guesses are all right, and one whose guesses are all wrong."""
+    factors = {}
+    for rate in (0.0, 1.0):
+        engine = build_engine(tiny_llama, trees=LADDER)
+        prepared = Prepared(engine, random_prompts([6], seed=36), greedy(max_tokens=40), rate=rate)
+        engine.set_policy(StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 16): 1.0}))
+        engine.add(prepared.prompts[0], prepared.params)
+        while engine.has_unfinished():
+            engine.step()
+            factors[rate] = [s.acceptance.factor for s in engine._scheduler.running] or factors[rate]
+    assert factors[0.0][0] < 0.5 and factors[1.0][0] > 1.2
