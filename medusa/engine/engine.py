@@ -68,6 +68,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
+        self._grown = grown_tree(checkpoint.meta) if checkpoint else None
         self._limits = Limits.of(
             backbone,
             checkpoint,
@@ -274,6 +275,7 @@ class Engine:
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,
+            growth=self._grown.paths if self._grown else (),
         )
 
     def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
@@ -289,7 +291,7 @@ class Engine:
         return Always(sizes[int(speculation)])
 
     def _adaptive(self, step_times: StepTimes | None) -> Adaptive:
-        grown = grown_tree(self.checkpoint.meta) if self.checkpoint else None
+        grown = self._grown
         if grown is None:
             raise ValueError(
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "

@@ -64,9 +64,10 @@ class Profiler:
         return StepTimes(best)
 
     def measure_buckets(self, buckets: Buckets, grown: GrownTree, *, repeats: int = 3) -> StepTimes:
-        """Every shape that the policy may choose, at a short and a long context, as far as rows and pages go."""
-        longest = max(CONTEXTS)
-        sizes = [size for size in buckets.batches if size <= max(self.batch_sizes(longest))]
+        """The shapes that the policy may choose, at a short and a long context, as far as rows and pages go; of batch
+        sizes the powers of two, others lie between."""
+        measurable = self.batch_sizes(max(CONTEXTS))
+        sizes = [size for size in buckets.batches if size in measurable]
         sizes = sizes or list(buckets.batches[:1])
         steps = {}
         for batch in sizes:

@@ -17,13 +17,9 @@ import torch
 from medusa.checkpoint import Checkpoint
 from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match, propose
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
-<<<<<<< HEAD
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
-=======
-from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.speculation import Buckets
->>>>>>> 461017f (Measure a runner's own ragged shapes at the start, and choose among them)
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
