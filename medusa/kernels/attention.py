@@ -2,8 +2,9 @@
 
 One launch. Each sequence's committed tokens are split over programs, with the query heads that share a key-value head
 packed as rows of one tile; the last split adds the step's own nodes under their ancestor bits. The program that arrives
-last merges the splits by their log-sum-exp, in their order, so that the result does not depend on who is last. A tree of one node is plain decoding; a chain (each node sees all nodes
-before it) is a chunk of a prompt. The plain twin is `medusa.kernels.tree_attention`.
+last merges the splits by their log-sum-exp, in their order, so that the result does not depend on who is last. A tree
+of one node is plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
+`medusa.kernels.tree_attention`.
 
 Shapes: M flat nodes, B sequences (b owns nodes start_B[b] .. + count_B[b]), H query heads, G key-value heads, D head
 size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S splits.
@@ -11,16 +12,12 @@ size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S split
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.launch import await_inputs, options
-
-MAX_SPLITS = 64
-MAX_ROWS = 64  # query rows of a tile
 
 
 @triton.jit
@@ -221,64 +218,6 @@ def _attend(
             _merge(PART, LSE, out, flat, head, live, d, num_nodes, H, D, BD, BM, SPLITS)
 
 
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, warps, stages,
-    and the most nodes that one sequence brings."""
-
-    splits: int
-    rows: int
-    columns: int
-    max_nodes: int
-    warps: int = 4
-    stages: int = 2
-
-    @classmethod
-    def of(cls, *, batch_size: int, max_nodes: int, group: int, num_kv_heads: int, processors: int) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over."""
-        packed = max_nodes * group
-        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
-        tiles = triton.cdiv(packed, rows)
-        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
-        splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=4, stages=2)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which nodes each sequence of a step brings, and what they see: the committed tokens on its pages, and each other.
-
-    `bits_RNW` and `depth_RN` are kept by batch row; None stands for chains. `rows_B` names each sequence's batch row.
-    """
-
-    rows_B: torch.Tensor
-    start_B: torch.Tensor
-    count_B: torch.Tensor
-    length_R: torch.Tensor
-    tables_RP: torch.Tensor
-    bits_RNW: torch.Tensor | None
-    depth_RN: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """What the splits of one launch leave for the one that merges them; launches in one stream may share it."""
-
-    part: torch.Tensor
-    lse: torch.Tensor
-    arrived: torch.Tensor
-
-    @classmethod
-    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
-        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
-        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
-        return cls(
-            part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
-            lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
-            arrived=torch.zeros(2 * processors, dtype=torch.int32, device=device),
-        )
-
-
 def attend(
     query_MHD: torch.Tensor,
     cache_layer: torch.Tensor,
@@ -307,10 +246,12 @@ def attend(
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
-        visible.bits_RNW, visible.depth_RN, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling, softcap or 1.0, window or 0,
+        visible.bits_RNW, visible.depth_RN, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling,
+        softcap or 1.0, window or 0,
         query_MHD.stride(0), query_MHD.stride(1), out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1),
-        keys.stride(2), visible.tables_RP.stride(0), num_nodes, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
-        PAGE=page_size, SPLITS=plan.splits, TILES=tiles, BM=plan.rows, BN=plan.columns, CHAIN=visible.bits_RNW is None,
+        keys.stride(2), visible.tables_RP.stride(0), num_nodes,
+        H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size,
+        SPLITS=plan.splits, TILES=tiles, BM=plan.rows, BN=plan.columns, CHAIN=visible.bits_RNW is None,
         WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),
