@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from medusa.kernels.attention import AttentionPlan, Rotation, Scratch, Visible, attend
+from medusa.kernels.attention import attend
+from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.gate import silu_mul
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import gated, plan_gated, plan_product, product
@@ -176,18 +177,19 @@ class FusedDecoder:
 def fuse(layer: Any) -> Layer:
     """Lays Q, K and V, and gate and up, out as one matrix each, and makes the modules' parameters views of them."""
     attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     norms = None
     if hasattr(attention, "q_norm"):
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "weight"),
-        qkv_bias=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "bias"),
+        qkv=_joined([linear.weight for linear in projections]),
+        qkv_bias=None if attention.q_proj.bias is None else _joined([linear.bias for linear in projections]),
         head_norms=norms,
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_joined([mlp.gate_proj, mlp.up_proj], "weight"),
+        gate_up=_joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
         down=mlp.down_proj.weight,
         # Mistral's attention reads the window from its configuration, Qwen's decides by layer.
         window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
@@ -195,10 +197,7 @@ def fuse(layer: Any) -> Layer:
     )
 
 
-def _joined(linears: list[torch.nn.Linear], name: str) -> torch.Tensor | None:
-    parameters = [getattr(linear, name) for linear in linears]
-    if parameters[0] is None:
-        return None
+def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
         parameter.data = part

@@ -1,9 +1,10 @@
 """Tree attention over pages on a GPU: every node looks at its sequence's committed tokens and at its ancestors.
 
-One launch. Each sequence's committed tokens are split over programs, with the query heads that share a key-value head
-packed as rows of one tile; the last split adds the step's own nodes under their ancestor bits. The program that arrives
-last merges the splits by their log-sum-exp, in their order, so that the result does not depend on who is last. A tree of one node is plain decoding; a chain (each node sees all nodes
-before it) is a chunk of a prompt. The plain twin is `medusa.kernels.tree_attention`.
+Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as rows
+of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
+log-sum-exp, in their order: of small tiles by the program that arrives last, of larger ones in a second launch. A tree
+of one node is plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
+`medusa.kernels.tree_attention`.
 
 Shapes: M flat nodes, B sequences (b owns nodes start_B[b] .. + count_B[b]), H query heads, G key-value heads, D head
 size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S splits.
@@ -11,16 +12,15 @@ size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S split
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import await_inputs, options
 
-MAX_SPLITS = 64
-MAX_ROWS = 64  # query rows of a tile
+MERGING_ROWS = 16  # rows of a tile up to which its last program merges the splits itself
+AHEAD_SPLITS = 4  # splits from which a launch is small enough for its keys and values to be fetched into L2 ahead
 
 
 @triton.jit
@@ -41,7 +41,9 @@ def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _turned(rows, POSITION, COS, SIN, WEIGHT, eps, sc, inside, d, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr):
+def _turned(
+    rows, POSITION, COS, SIN, WEIGHT, eps, sc, inside, d, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr
+):
     """Heads at the pointers `rows`, normalised if the model does, rotated by their positions, as the model rounds."""
     half: tl.constexpr = D // 2
     partner = tl.where(d < half, d + half, d - half)
@@ -105,11 +107,11 @@ def _merge(
     live,
     d,
     num_nodes,
+    SPLITS,
     H: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Weighs the splits of a tile by their log-sum-exp."""
     peak = tl.full([BM], -1e30, tl.float32)
@@ -130,7 +132,31 @@ def _merge(
     _store(out, acc / tl.where(total > 0, total, 1.0)[:, None], live, d, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS", "num_nodes"])
+def _merge_all(
+    PART,
+    LSE,
+    OUT,
+    so_m,
+    so_h,
+    num_nodes,
+    SPLITS,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    HB: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The merge as a launch of its own: a program a node and HB heads."""
+    head = tl.program_id(1) * HB + tl.arange(0, HB)
+    d = tl.arange(0, BD)
+    flat = tl.program_id(0).to(tl.int64) + tl.zeros([HB], tl.int64)
+    out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
+    await_inputs(PDL)
+    _merge(PART, LSE, out, flat, head, head < H, d, num_nodes, SPLITS, H, D, BD, HB)
+
+
+@triton.jit(do_not_specialize=["SPLITS", "TILES", "num_nodes", "window"])
 def _attend(
     Q,
     KEYS,
@@ -165,6 +191,8 @@ def _attend(
     st,
     sc,
     num_nodes,
+    SPLITS,
+    TILES,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -172,8 +200,9 @@ def _attend(
     N: tl.constexpr,
     W: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MERGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -210,7 +239,7 @@ def _attend(
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), SPLITS), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)
-    if PDL:
+    if AHEAD:
         for t0 in range(low, high, BN):
             t = t0 + tl.arange(0, BN)
             page = tl.load(TABLES + row * st + t // PAGE, mask=t < high, other=0).to(tl.int64)
@@ -272,89 +301,18 @@ def _attend(
             m, l, acc = _update(qk, seen, v, m, l, acc, PRECISION)
     total = tl.where(l > 0, l, 1.0)
     out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
-    if SPLITS == 1:
+    if WHOLE:
         _store(out, acc / total[:, None], live, d, D, BD)
     else:
         at = (split * num_nodes + flat) * H + head
         _store(PART + at[:, None] * D + d[None, :], acc / total[:, None], live, d, D, BD)
         tl.store(LSE + at, tl.where(l > 0, m + tl.log(total), -float("inf")), mask=live)
-        tl.debug_barrier()  # all of this program's stores come before its count
-        counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
-            tl.store(counter, 0)
-            _merge(PART, LSE, out, flat, head, live, d, num_nodes, H, D, BD, BM, SPLITS)
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, the most nodes
-    that one sequence brings and how many of them a tile takes, warps and pipeline stages."""
-
-    splits: int
-    rows: int
-    columns: int
-    max_nodes: int
-    tree_columns: int = 32
-    warps: int = 4
-    stages: int = 2
-
-    @classmethod
-    def of(cls, *, batch_size: int, max_nodes: int, group: int, num_kv_heads: int, processors: int) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over."""
-        packed = max_nodes * group
-        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
-        tiles = triton.cdiv(packed, rows)
-        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
-        splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        return cls(
-            splits, rows, 64, max_nodes, tree_columns=16 if max_nodes <= 16 else 32, warps=8 if rows == MAX_ROWS else 4
-        )
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """How a step's queries and keys become what is attended to: angles by position (cos and sin, half a head each), the
-    nodes' positions, and RMSNorm weights of queries and keys with their epsilon, where the model has them."""
-
-    position_M: torch.Tensor
-    cos_TD: torch.Tensor
-    sin_TD: torch.Tensor
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which nodes each sequence of a step brings, and what they see: the committed tokens on its pages, and each other.
-
-    `bits_RNW` and `depth_RN` are kept by batch row; None stands for chains. `rows_B` names each sequence's batch row.
-    """
-
-    rows_B: torch.Tensor
-    start_B: torch.Tensor
-    count_B: torch.Tensor
-    length_R: torch.Tensor
-    tables_RP: torch.Tensor
-    bits_RNW: torch.Tensor | None
-    depth_RN: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """What the splits of one launch leave for the one that merges them; launches in one stream may share it."""
-
-    part: torch.Tensor
-    lse: torch.Tensor
-    arrived: torch.Tensor
-
-    @classmethod
-    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
-        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
-        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
-        return cls(
-            part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
-            lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
-            arrived=torch.zeros(2 * processors, dtype=torch.int32, device=device),
-        )
+        if MERGES:
+            tl.debug_barrier()  # all of this program's stores come before its count
+            counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
+            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
+                tl.store(counter, 0)
+                _merge(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
 
 
 def attend(
@@ -377,7 +335,7 @@ def attend(
     keys and values as the projections gave them, and the launch itself rotates and writes them. Not for chains, whose
     tiles would each do it for all nodes before.
 
-    Rows of `out_MHD` that belong to no sequence keep what they hold.
+    Rows of `out_MHD` that belong to no sequence are left with anything.
     """
     num_nodes, size = query_MHD.shape[0], query_MHD.shape[2]
     _, _, page_size, groups, _ = cache_layer.shape
@@ -392,17 +350,24 @@ def attend(
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
+    whole, merges = plan.splits == 1, plan.rows <= MERGING_ROWS
     angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
         visible.bits_RNW, visible.depth_RN, *angles, query_norm, key_norm, out_MHD, scratch.part, scratch.lse,
         scratch.arrived, eps, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
         out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
-        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, H=heads,
-        GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, SPLITS=plan.splits,
-        TILES=tiles, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits, tiles, H=heads,
+        GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, WHOLE=whole,
+        MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),
     )  # fmt: skip
+    if not whole and not merges:
+        block = min(8, triton.next_power_of_2(heads))
+        _merge_all[(num_nodes, triton.cdiv(heads, block))](
+            scratch.part, scratch.lse, out_MHD, out_MHD.stride(0), out_MHD.stride(1), num_nodes, plan.splits,
+            H=heads, D=size, BD=triton.next_power_of_2(size), HB=block, PDL=pdl, num_warps=4, **options(pdl),
+        )  # fmt: skip
     return out_MHD
