@@ -122,6 +122,7 @@ class Trainer:
         if config.packing:
             check_packing(backbone)
         self.adaptation: Adaptation | None = None if config.joint is None else adapt(backbone, config)
+        self.fused = choose_cross_entropy(config.cross_entropy, backbone)
         self._loss = wrap(self._objective_module())
         model = None if self.adaptation is None else backbone.model
         self._optimiser = Optimiser(named_groups(heads, model, config), config)
@@ -248,10 +249,9 @@ class Trainer:
         return self._optimiser
 
     def _objective_module(self) -> nn.Module:
-        fused = choose_cross_entropy(self.config.cross_entropy, self.backbone, self.config.chunk_size)
         if self.adaptation is not None:
-            return JointObjective(self.adaptation, self.heads, self.config, fused)
-        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), fused)
+            return JointObjective(self.adaptation, self.heads, self.config, self.fused)
+        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), self.fused)
 
     def _hidden_source(self) -> Callable[[Batch], Tensor]:
         if self.config.hidden_cache_gib > 0:
