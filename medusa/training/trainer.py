@@ -117,6 +117,7 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self._device = backbone.device
+        self._base_dtype = backbone.dtype
         self._half = backbone.dtype.itemsize == 2
         self._pack_to = config.max_length if config.packing else None
         if config.packing:
@@ -243,6 +244,11 @@ class Trainer:
 
     def load_state(self, directory: Path) -> None:
         self.load_state_dict(read_state(directory))
+
+    @property
+    def served_dtype(self) -> torch.dtype:
+        """What heads and backbone are saved in: the backbone's type as it was loaded."""
+        return self._base_dtype
 
     @property
     def optimiser(self) -> Optimiser:
