@@ -94,14 +94,7 @@ class Engine:
             max_nodes=self._limits.max_nodes,
             max_prefill_tokens=self._limits.max_prefill_tokens,
         )
-        self._runner: StepRunner = Runner(
-            backbone,
-            checkpoint,
-            self._cache,
-            max_batch_size=max_batch_size,
-            guess_width=self._limits.guess_width,
-            acceptance=None if acceptance == "exact" else acceptance,
-        )
+        self._runner = self._runner_of(None if acceptance == "exact" else acceptance)
         self._counters = Counters()
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
@@ -234,6 +227,32 @@ class Engine:
         for tree in trees:
             self._limits.check_tree(tree)
         return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
+
+    def _runner_of(self, acceptance: Typical | None) -> StepRunner:
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
+        limits = self._limits
+        if self.backbone.device.type != "cuda":
+            return Runner(
+                self.backbone,
+                self.checkpoint,
+                self._cache,
+                max_batch_size=limits.max_batch_size,
+                guess_width=limits.guess_width,
+                acceptance=acceptance,
+            )
+        from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
+
+        return GraphRunner(
+            self.backbone,
+            self.checkpoint,
+            self._cache,
+            max_batch_size=limits.max_batch_size,
+            max_tree_nodes=limits.max_nodes,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
+            guess_width=limits.guess_width,
+            acceptance=acceptance,
+        )
 
     def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
         return [self._choose(len(sequences))] * len(sequences)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from medusa.engine.page_pool import TRASH_PAGE, PagePool
+from medusa.engine.staging import staged
 
 PAGE_SIZE = 64
 
@@ -15,7 +16,7 @@ class KVCache:
     """Keys and values of all layers in pages, [layers, 2, pages, page size, key-value heads, head size].
 
     Page 0 is the trash page: padding is written there and never read. The pool keeps the books on the host; the tables
-    that a step reads, one a row of the batch, are on the device.
+    that a step reads, one a row of the batch and one of trash pages for padding, are on the device.
     """
 
     def __init__(
@@ -31,7 +32,7 @@ class KVCache:
         salt: str = "",
     ) -> None:
         self.data = torch.zeros(num_layers, 2, num_pages + 1, PAGE_SIZE, *kv_shape, dtype=dtype, device=device)
-        self.tables = torch.full((max_batch_size, max_pages), TRASH_PAGE, dtype=torch.int64, device=device)
+        self.tables = torch.full((max_batch_size + 1, max_pages), TRASH_PAGE, dtype=torch.int32, device=device)
         self.pool = PagePool(num_pages, salt)
         self._owned: list[list[int]] = [[] for _ in range(max_batch_size)]
         self._known = [0] * max_batch_size
@@ -77,7 +78,7 @@ class KVCache:
         if pages:
             owned = self._owned[row]
             end = len(owned) + len(pages)
-            self.tables[row, len(owned) : end] = torch.tensor(pages, device=self.tables.device)
+            self.tables[row, len(owned) : end] = staged(pages, torch.int32, self.tables.device)
             owned += pages
 
     def compact(self, rows_B: torch.Tensor, length_B: torch.Tensor, path_BD: torch.Tensor) -> None:
@@ -95,7 +96,7 @@ class KVCache:
     def _locate(
         self, rows_B: torch.Tensor, position_BD: torch.Tensor, wanted_BD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        pages_BD = self.tables[rows_B].gather(1, position_BD // PAGE_SIZE)
+        pages_BD = self.tables[rows_B].long().gather(1, position_BD // PAGE_SIZE)
         return torch.where(wanted_BD, pages_BD, TRASH_PAGE), position_BD % PAGE_SIZE
 
 

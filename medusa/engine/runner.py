@@ -17,7 +17,8 @@ import torch
 from medusa.checkpoint import Checkpoint
 from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match, propose
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
-from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.logprobs import token_logprobs
+from medusa.engine.sequence import Sequence
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
@@ -162,7 +163,7 @@ class Runner:
     ) -> torch.Tensor:
         paged = PagedTree(
             cache=self._cache.data,
-            tables_BP=self._cache.tables[rows_B],
+            tables_BP=self._cache.tables[rows_B].long(),
             length_B=length_B,
             depth_BN=tree.depth_BN,
             valid_BN=tree.valid_BN,
@@ -252,16 +253,6 @@ def _to_host(
         nodes = [node for node in path if node >= 0]
         emitted = [tokens[node] for node in nodes[1:]] + [bonus]
         wanted = sequences[b].params.logprobs
-        logprobs = [] if wanted is None else _logprobs(logits_BNV[b, nodes], emitted, wanted)
+        logprobs = [] if wanted is None else token_logprobs(logits_BNV[b, nodes], emitted, wanted)
         steps.append(StepTokens(emitted, logprobs))
     return steps
-
-
-def _logprobs(logits_DV: torch.Tensor, emitted: list[int], num_top: int) -> list[TokenLogprob]:
-    """The emitted tokens' log-probabilities at the nodes that precede them."""
-    logprobs_DV = logits_DV.float().log_softmax(-1)
-    top = logprobs_DV.topk(num_top, dim=-1)
-    return [
-        TokenLogprob(token, float(logprobs_DV[d, token]), list(zip(ids, values, strict=True)))
-        for d, (token, ids, values) in enumerate(zip(emitted, top.indices.tolist(), top.values.tolist(), strict=True))
-    ]
