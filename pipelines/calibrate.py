@@ -118,8 +118,8 @@ def ladder_on(
     replies: Sequence[ReplyGuesses], accuracy: Sequence[Sequence[float]], sizes: Sequence[int]
 ) -> list[TokenTree]:
     """Trees of the paths that these replies took most often, ascending, the one-node tree first; sizes that come out
-    equal, since no more paths were ever taken, appear once."""
-    values = path_values(replies, accuracy)
+    equal, since no further path is worth anything, appear once."""
+    values = path_values(replies, accuracy, max(sizes))
     return sorted({grow_measured(values, size) for size in [1, *sizes]}, key=lambda tree: tree.num_nodes)
 
 
