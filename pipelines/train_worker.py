@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from medusa.adapter import write_merged
 from medusa.checkpoint import HEADS, AdapterRef, BackboneRef, CheckpointMeta, save_checkpoint
@@ -31,6 +31,7 @@ from medusa.model import Backbone, model_directory, weights_digest
 from medusa.training.adaptation import LoraAdaptation
 from medusa.training.batch import Row, fit_rows
 from medusa.training.quantisation import quantise
+from medusa.training.sharding import shard
 from medusa.training.trainer import NonFiniteLossError, Trainer
 from pipelines.journal import RunLog
 from pipelines.split import is_held_back
@@ -87,7 +88,8 @@ def train_on_ray(job_config: Mapping[str, Any]) -> TrainOutcome:
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     if not job.use_gpu:
         torch.set_num_threads(max(int(job.config.cpus_per_worker), 1))
-    trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=_distributed)
+    wrap = shard if job.config.sharding == "fsdp" else _distributed
+    trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=wrap)
     return run_training(job, trainer, RayCheckpoints(rank), leads=rank == 0)
 
 
@@ -140,8 +142,9 @@ def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, l
                 checkpoints.save(trainer)
     except NonFiniteLossError as error:
         return TrainOutcome(trainer.step, trainer.tokens_seen, str(error))
+    weights = trainer.whole_weights(keep=leads)
     if leads:
-        save_heads(job, trainer)
+        save_heads(job, trainer, weights)
     return TrainOutcome(trainer.step, trainer.tokens_seen)
 
 
@@ -163,7 +166,7 @@ def validation_rows(job: TrainJob) -> list[Row]:
     return fitting[: job.config.validation_rows]
 
 
-def save_heads(job: TrainJob, trainer: Trainer) -> None:
+def save_heads(job: TrainJob, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
     """The Medusa checkpoint, in the base's dtype, and the merged backbone of a joint training; what an interrupted run
     left is replaced."""
     for folder in (CHECKPOINT, BACKBONE, ADAPTER):
@@ -172,36 +175,38 @@ def save_heads(job: TrainJob, trainer: Trainer) -> None:
     base = BackboneRef(
         name=trainer.backbone.name, weights_digest=weights_digest(base_folder), tokenizer_digest=job.tokenizer_digest
     )
-    backbone, adapter = save_backbone(job, trainer, base_folder, base)
+    of_model = {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
+    backbone, adapter = save_backbone(job, trainer, base_folder, base, of_model)
     training = {**job.training, "steps": trainer.step, "tokens": trainer.tokens_seen}
     meta = CheckpointMeta.of(trainer.heads, backbone, adapter=adapter, training=training)
     adapter_folder = None if adapter is None else job.step_folder / ADAPTER
-    heads = trainer.heads.to(trainer.served_dtype)
+    heads = trainer.trained_heads(dict(weights))
     save_checkpoint(job.step_folder / CHECKPOINT, heads, meta, adapter=adapter_folder)
     shutil.rmtree(job.step_folder / ADAPTER, ignore_errors=True)
 
 
 def save_backbone(
-    job: TrainJob, trainer: Trainer, base_folder: Path, base: BackboneRef
+    job: TrainJob, trainer: Trainer, base_folder: Path, base: BackboneRef, weights: Mapping[str, Tensor]
 ) -> tuple[BackboneRef, AdapterRef | None]:
     """What the heads run on: the base, or the model that it has become, written as a folder of its own."""
     if trainer.adaptation is None:
         return base, None
     merged = job.step_folder / BACKBONE
     if isinstance(trainer.adaptation, LoraAdaptation):
-        trainer.adaptation.save(job.step_folder / ADAPTER)
+        trainer.adaptation.save(job.step_folder / ADAPTER, weights)
         digest = write_merged(base_folder, job.step_folder / ADAPTER, merged)
         adapter = AdapterRef(base=base, digest=directory_digest(job.step_folder / ADAPTER))
     else:
         others = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "README*", "*.index.json")
         shutil.copytree(base_folder, merged, ignore=others)
-        trainer.adaptation.save(merged)
+        trainer.adaptation.save(merged, weights)
         digest, adapter = weights_digest(merged), None
     return dataclasses.replace(base, weights_digest=digest), adapter
 
 
 class RayCheckpoints:
-    """States through ray.train.report, which every rank must call: Ray keeps them under the run's name."""
+    """States through ray.train.report, which every rank must call: Ray keeps them under the run's name. Of sharded
+    workers each brings its part; Ray puts them into one checkpoint."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -214,7 +219,7 @@ class RayCheckpoints:
 
     def save(self, trainer: Trainer) -> None:
         metrics = {"step": trainer.step}
-        if self._rank != 0:
+        if self._rank != 0 and not trainer.sharded:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ fine-tuning keeps a frozen copy. The student runs in training mode (dropout, act
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -38,8 +38,9 @@ class Adaptation(Protocol):
         """The same of the base model, without."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Writes what the base needs to become the student: an adapter (LoRA) or a model folder (full)."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes what the base needs to become the student: an adapter (LoRA) or a model folder (full). `weights` are
+        those that learn, by their names in the model."""
         ...
 
 
@@ -90,9 +91,10 @@ class LoraAdaptation:
             self.backbone.model.eval()
             return forward(self.backbone, batch), self.backbone.lm_head_weight.detach()
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
         self._peft.peft_config["default"].base_model_name_or_path = self.backbone.name  # not a path of this machine
-        self._peft.save_pretrained(directory, save_embedding_layers=False)
+        self._peft.save_pretrained(directory, state_dict=named, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
 
     def _student_weight(self) -> Tensor:
@@ -137,5 +139,7 @@ class FullAdaptation:
             raise ValueError("without distillation no copy of the base was kept")
         return forward(self._base, batch), self._base.lm_head_weight
 
-    def save(self, directory: Path) -> None:
-        self.backbone.model.to(self._base_dtype).save_pretrained(directory)
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        named = {name: weight.to(self._base_dtype) for name, weight in weights.items()}
+        self.backbone.model.config.dtype = self._base_dtype
+        self.backbone.model.save_pretrained(directory, state_dict=named)

@@ -28,7 +28,10 @@ from medusa.training.loss import LM_SUMS, HeadTotals, count_covered, head_weight
 from medusa.training.objective import HeadsObjective, JointObjective, Sums
 from medusa.training.optimiser import Optimiser, named_groups
 from medusa.training.schedule import TrainerConfig, heads_weight, learning_rate
+from medusa.training.sharding import is_sharded, load_sharded, save_sharded, whole
 from medusa.training.state import read_state, write_state
+
+SHARDS, PROGRESS = "shards", "progress"
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -127,6 +130,8 @@ class Trainer:
         self._loss = wrap(self._objective_module())
         model = None if self.adaptation is None else backbone.model
         self._optimiser = Optimiser(named_groups(heads, model, config), config)
+        if self.sharded and config.optimizer != "adamw":
+            raise ValueError(f"optimizer {config.optimizer} keeps moments that cannot be sharded; use adamw with FSDP")
         weights = head_weights(heads.config.num_heads, config.head_decay)
         self._weights_K = torch.tensor(weights, dtype=torch.float64, device=self._device)
         self._window = Totals.zeros(heads.config.num_heads, self._device)
@@ -239,11 +244,44 @@ class Trainer:
         self._window = Totals(HeadTotals(state["window"].to(self._device)), state["window_lm"].to(self._device))
 
     def save_state(self, directory: Path) -> None:
-        """Writes `state_dict` as a new folder, atomically, as safetensors and JSON."""
-        write_state(directory, self.state_dict())
+        """Writes the state as a new folder: atomically, as safetensors and JSON; of sharded workers each its part
+        (every worker then calls it, with a folder of its own or the same)."""
+        if not self.sharded:
+            write_state(directory, self.state_dict())
+            return
+        self.check_finite()
+        save_sharded(directory / SHARDS, self._optimiser)
+        if self.sampler.rank == 0:
+            write_state(directory / PROGRESS, self.progress())
 
     def load_state(self, directory: Path) -> None:
-        self.load_state_dict(read_state(directory))
+        if not self.sharded:
+            self.load_state_dict(read_state(directory))
+            return
+        self.load_progress(read_state(directory / PROGRESS))
+        load_sharded(directory / SHARDS, self._optimiser)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this worker holds only its part of what learns."""
+        return is_sharded(self._optimiser.parameters)
+
+    def whole_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """What learns, by name, in main memory. Every worker must call it where they are sharded; those that do not
+        `keep` get nothing."""
+        kept = {}
+        for name, parameter in self._optimiser.parameters.items():
+            gathered = whole(parameter.detach())
+            if keep:
+                kept[name] = gathered.cpu()
+        return kept
+
+    def trained_heads(self, weights: dict[str, Tensor]) -> DraftHeads:
+        """The heads of `whole_weights` as a module of their own, in the type that they are served in."""
+        token_map = self.heads.token_map.cpu() if self.heads.config.vocabulary == "truncated" else None
+        heads = type(self.heads)(self.heads.config, token_map)
+        heads.load_state_dict(_below(weights, "heads."), strict=False)
+        return heads.to(self.served_dtype)
 
     @property
     def served_dtype(self) -> torch.dtype:
@@ -280,7 +318,7 @@ class Trainer:
             sums: Sums = self._loss(batch, self.heads_only)
         divisors = counts.clamp_min(1)
         objective = weight * (self._weights_K * sums.heads_MK[0] / divisors[:-1]).sum() + sums.lm_L[0] / divisors[-1]
-        if self.heads_only and self.adaptation is not None and self.sampler.world_size > 1:
+        if self.heads_only and self.adaptation is not None and self.sampler.world_size > 1 and not self.sharded:
             objective = objective + self._idle_backbone()
         # DDP averages gradients over the workers, each of which divides by the global count: undo the average.
         (objective * self.sampler.world_size).backward()
@@ -298,7 +336,7 @@ class Trainer:
                 if name.startswith("model."):
                     parameter.grad = None
         limit = self.config.grad_clip if self.config.grad_clip is not None else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(list(parameters.values()), limit)
+        grad_norm = whole(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
         self._optimiser.step(rate)
         return grad_norm
 

@@ -24,7 +24,7 @@ from pipelines.run import ModelConfig, RunContext
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import HeadsChoice, TrainConfig, trained_backbone
 from pipelines.train_worker import read_records
-from tests.pipelines.test_train import CONFIG, losses, reopen, run, stop_once
+from tests.pipelines.test_train import CONFIG, losses, reopen, run, stop_once, vanish
 
 LORA = replace(CONFIG.trainer, joint=JointConfig(rank=4, dropout=0.1, heads_only_ratio=0.3), lr=2e-2)
 JOINT = replace(CONFIG, trainer=LORA, validate_every=5)
@@ -191,3 +191,25 @@ def test_a_task_without_answers_is_refused(tmp_path: Path, line: str, named: str
 def test_a_quantised_teacher_is_refused() -> None:
     with pytest.raises(ConfigError, match="quantization is 4bit in joint training"):
         validate(TrainConfig, {"quantization": "4bit", "trainer": {"joint": {}}}, source="test")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_two_workers_killed_twice_end_at_the_same_loss(tiny_llama: Path, tmp_path: Path, sharding: str) -> None:
+    """Without dropout, whose draws depend on the worker; data position, optimiser and schedule are the same."""
+    joint = JointConfig(rank=4, dropout=0.0, heads_only_ratio=0.3)
+    config = replace(JOINT, trainer=replace(LORA, joint=joint), validate_every=0)
+    undisturbed = run(tmp_path / "alone", tiny_llama, config)
+    kills = [stop_once(tmp_path / f"marker-{at}", at, vanish) for at in (3, 7)]
+
+    def on_step(step: int) -> None:
+        for kill in kills:
+            kill(step)
+
+    distributed = replace(config, num_workers=2, max_failures=3, sharding=sharding)
+    output = run(tmp_path / "runs", tiny_llama, distributed, on_step=on_step)
+    assert (tmp_path / "marker-3").exists() and (tmp_path / "marker-7").exists()
+    assert losses(output) == pytest.approx(losses(undisturbed), rel=1e-4)
+    load_checkpoint(output.path / "checkpoint", Backbone.from_pretrained(output.path / "backbone", device="cpu"))

@@ -237,7 +237,8 @@ def test_adapter_is_saved_as_peft_reads_it(tiny_llama, tmp_path):
     trainer = make_trainer(tiny_llama)
     assert isinstance(trainer.adaptation, LoraAdaptation)
     run(trainer, 2)
-    trainer.adaptation.save(tmp_path / "adapter")
+    weights = {name.removeprefix("model."): weight for name, weight in trainer.whole_weights().items()}
+    trainer.adaptation.save(tmp_path / "adapter", weights)
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
 
 
