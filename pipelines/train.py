@@ -2,7 +2,8 @@
 
     <step dir>/checkpoint/     the heads (medusa/checkpoint.py), with the adapter where the backbone learnt by LoRA
     <step dir>/backbone/       Medusa-2: the model that the heads run on, merged; the later steps use it
-    <step dir>/metrics.jsonl   a record every `log_every` steps: losses and accuracies by head, rate, tokens/s
+    <step dir>/metrics.jsonl   a record every `log_every` steps: losses and accuracies by head, rate, tokens/s, system
+    <step dir>/curves.png      the same drawn
     <step dir>/.ray/           Ray Train's own storage while the step runs: the trainer's states
 
 The run's name is the step's key, so a step that is run again goes on from Ray's last checkpoint, and a changed
@@ -32,6 +33,7 @@ from medusa.tokenizer import ChatTokenizer
 from medusa.training.batch import Row, fit_rows
 from medusa.training.schedule import TrainerConfig
 from pipelines.artifact import StepDir, StepOutput, open_step
+from pipelines.curves import CURVES, draw_curves
 from pipelines.distill import DATA
 from pipelines.journal import RunLog
 from pipelines.progress import Advance
@@ -188,7 +190,10 @@ def train(
             outcome = train_here(job) if config.num_workers == 0 else _fit(job)
         if outcome.failure is not None:
             raise TrainError(outcome.failure)
+        draw_curves(read_records(step.path / METRICS), step.path / CURVES)
         output = _commit(step, outcome, counts)
+        log.log_artifact(step.path / CHECKPOINT, CHECKPOINT)
+        log.log_artifact(step.path / CURVES)
         for folder in (RAY, STATES):
             shutil.rmtree(step.path / folder, ignore_errors=True)
         return output

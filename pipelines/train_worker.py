@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
@@ -261,7 +262,7 @@ class Recorder:
         now, tokens = time.monotonic(), int(record["tokens_seen"])
         rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
         self._tokens, self._time = tokens, now
-        line = {**record, "tokens_per_second": rate}
+        line = {**record, "tokens_per_second": rate, **system_metrics()}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -275,6 +276,21 @@ class Recorder:
         partial = self._path.with_name(f".{METRICS}.partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, self._path)
+
+
+def system_metrics() -> dict[str, float]:
+    """Of the machine and process that trains; utilisations are since the last call."""
+    process = psutil.Process()
+    metrics = {
+        "system/cpu_percent": psutil.cpu_percent(),
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/process_memory_gib": process.memory_info().rss / 2**30,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        metrics["system/gpu_memory_gib"] = (total - free) / 2**30
+        metrics["system/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
 
 
 def read_records(path: Path) -> list[dict[str, float]]:

@@ -111,7 +111,15 @@ def test_records_tell_both_terms_and_validation(trained: StepOutput) -> None:
     records = read_records(trained.path / "metrics.jsonl")
     assert ["lm/loss" in record for record in records] == [False] * 3 + [True] * 7
     assert ["validation/loss" in record for record in records] == [step in (5, 10) for step in range(1, 11)]
+    assert 0 < records[-1]["system/process_memory_gib"] < 64 and 0 <= records[-1]["system/cpu_percent"] <= 100
     assert 0 < records[-1]["validation/lm/overlap"] <= 1 and records[-1]["validation/head_0/loss"] > 0
+
+
+def test_checkpoint_and_curves_are_artifacts_of_the_run(trained: StepOutput) -> None:
+    journal = map(json.loads, (trained.path / "tracking.jsonl").read_text().splitlines())
+    sent = [(Path(line["path"]).name, line["folder"]) for line in journal if line["kind"] == "artifact"]
+    assert sent == [("checkpoint", "checkpoint"), ("curves.png", None)]
+    assert (trained.path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("at", [2, 6])
