@@ -2,9 +2,10 @@
 
     python -m benchmarks.train_speed --shape vicuna-7b --cases m1,m1-plain,m2,m2-plain --out speed.json
 
-The straightforward twin pads rows instead of packing them, keeps every activation and makes the logits of all heads at
-once, with torch's cross-entropy and KL over them; backbone, heads, optimiser and rows are the same. A case that does
-not fit the memory is reported as such. `m1-8bit` and `m1-4bit` freeze a quantised backbone (bitsandbytes).
+The straightforward twin pads rows instead of packing them and makes the logits of all heads at once, at every position,
+with torch's cross-entropy and KL over them; backbone, heads, optimiser, activation checkpointing and rows are the same.
+A case that does not fit the memory is reported as such. `m1-8bit` and `m1-4bit` freeze a quantised backbone
+(bitsandbytes).
 Tokens are real ones, prompts and replies, without padding. FLOPs count 2 a weight and token for a forward and 4 for its
 backward (2 where only activations need gradients), without what checkpointing computes again.
 """
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--length", type=int, default=2048, help="longest row")
     parser.add_argument("--rows", type=int, default=8, help="rows a forward")
+    parser.add_argument("--chunk", type=int, default=4096, help="rows of logits at once")
+    parser.add_argument("--cross-entropy", choices=("auto", "chunked", "liger"), default="auto")
     parser.add_argument("--steps", type=int, default=6, help="timed, after 2 others")
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense bf16 (H200 and H100: 989)")
     parser.add_argument("--out", type=Path, default=Path("train-speed.json"))
@@ -97,12 +100,13 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         max_length=arguments.length,
         packing=True,
         activation_checkpointing=True,
-        chunk_size=2048,
+        chunk_size=arguments.chunk,
+        cross_entropy=arguments.cross_entropy,
         joint=joint,
     )
     rows = random_rows((arguments.steps + 2) * arguments.rows, arguments.length, backbone.vocab_size)
     plain = case.endswith("-plain")
-    trainer = Trainer(backbone, heads, rows, replace(config, packing=not plain, activation_checkpointing=not plain))
+    trainer = Trainer(backbone, heads, rows, replace(config, packing=not plain))
     step = plain_step(trainer) if plain else lambda: trainer.train_step(trainer.next_batches())
     seconds, tokens, positions = timed(step, trainer, arguments.steps)
     flops = flops_of(trainer, tokens, positions)
