@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from medusa import Engine, SamplingParams
-from medusa.calibration import ReplyGuesses, grow_measured, guess_replies, head_accuracy, path_values, tokens_per_step
+from medusa.calibration import ReplyGuesses, grow_on, guess_replies, head_accuracy, tokens_per_step
 from medusa.heads import DraftHeads, HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.loops import cut_at_loop
@@ -40,7 +40,7 @@ from medusa.tokenizer import ChatTokenizer
 from medusa.training.batch import Row
 from medusa.training.schedule import HeadsLossConfig, JointConfig, TrainerConfig
 from medusa.training.trainer import Trainer
-from medusa.tree import grow
+from medusa.tree import TokenTree, grow
 
 WIDTH = 10
 HELD_BACK = 1000  # training replies kept for growing trees
@@ -408,9 +408,9 @@ def measure(backbone: Backbone, heads: DraftHeads, evaluation: list[Reply], kept
     return {"tokens_per_step": tokens, "tree": tree.to_list()}
 
 
-def measured_tree(guessed: list[ReplyGuesses], num_heads: int) -> Any:
+def measured_tree(guessed: list[ReplyGuesses], num_heads: int) -> TokenTree:
     accuracy, _ = head_accuracy(guessed, num_heads, WIDTH)
-    return grow_measured(path_values(guessed, accuracy, 64), 64)
+    return TokenTree.from_paths(grow_on(guessed, accuracy, 64)[0])
 
 
 def quality(base: Backbone, model: Backbone, replies: list[Reply]) -> dict[str, Any]:

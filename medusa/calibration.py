@@ -9,20 +9,21 @@ Shapes: B replies, T positions, K heads, S guesses a head.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
-from medusa.tree import Path, TokenTree, grow
+from medusa.tree import Accuracy, Path, TokenTree, grow_in_order
 
-_PRIOR = 20.0
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
+ROOTS_OF = 8  # nodes of the tree whose steps tell where paths are counted
+PATH_PRIOR = 10.0  # a head's own accuracy counts as much as so many sights of the parent path
 
 
 @dataclass(frozen=True)
@@ -67,38 +68,17 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
-def path_values(
-    replies: Iterable[ReplyGuesses], accuracy: Sequence[Sequence[float]], num_nodes: int
-) -> dict[Path, float]:
-    """How often each path of guesses is the reply's own continuation, all of it: what a node of a tree is worth.
+def grow_on(replies: Sequence[ReplyGuesses], accuracy: Accuracy, num_nodes: int) -> tuple[list[Path], list[float]]:
+    """The tree whose whole paths were right most often, as its paths in the order of growth, and how often each was.
 
-    Heads are not independent, so this is not the product of their accuracies. Paths too rare to be measured lean on
-    that product, which counts as `_PRIOR` positions; those of the `num_nodes` best by it are valued even if never seen.
+    Counted where steps begin: right after a miss, where guesses are worse than elsewhere. Products of accuracies over
+    all positions overlook that, and that heads do not fail independently. Where steps begin depends on the tree, so one
+    of ROOTS_OF nodes is grown first, on all positions. Rarely seen paths are drawn towards `accuracy`.
     """
-    counts: Counter[Path] = Counter({path: 0 for path in grow(accuracy, num_nodes).paths[1:]})
-    positions = 0
-    for item in replies:
-        for i in range(len(item.reply) - len(accuracy)):
-            positions += 1
-            path: Path = ()
-            for k, guesses in enumerate(item.guesses[i]):
-                target = item.reply[i + k + 1]
-                if target not in guesses:
-                    break
-                path = (*path, guesses.index(target))
-                counts[path] += 1
-    return {
-        path: (count + _PRIOR * math.prod(accuracy[k][rank] for k, rank in enumerate(path))) / (positions + _PRIOR)
-        for path, count in counts.items()
-    }
-
-
-def grow_measured(values: Mapping[Path, float], num_nodes: int) -> TokenTree:
-    """The tree of the most valuable paths. A path is never worth more than its parent, so the best are a tree."""
-    if num_nodes < 1:
-        raise ValueError(f"a token tree has at least 1 node, got {num_nodes}")
-    best = sorted(values, key=lambda path: (-values[path], len(path), path))
-    return TokenTree.from_paths(best[: num_nodes - 1])
+    everywhere = _grow(_path_counts(replies, len(accuracy), _all_positions), accuracy, min(num_nodes, ROOTS_OF))
+    tree = TokenTree.from_paths(path for path, _ in everywhere)
+    growth = _grow(_path_counts(replies, len(accuracy), lambda item: _roots(item, tree)), accuracy, num_nodes)
+    return [path for path, _ in growth], [value for _, value in growth]
 
 
 def walk(item: ReplyGuesses, tree: TokenTree) -> list[int]:
@@ -125,6 +105,42 @@ def tokens_per_step(replies: Iterable[ReplyGuesses], tree: TokenTree) -> float:
     return sum(steps) / len(steps) if steps else 1.0
 
 
+def _grow(hits: Counter[Path], accuracy: Accuracy, num_nodes: int) -> list[tuple[Path, float]]:
+    def given_parent(path: Path) -> float:
+        rate = accuracy[len(path) - 1][path[-1]]
+        return (hits[path] + PATH_PRIOR * rate) / (hits[path[:-1]] + PATH_PRIOR)
+
+    return grow_in_order([len(head) for head in accuracy], given_parent, num_nodes)
+
+
+def _path_counts(
+    replies: Iterable[ReplyGuesses], num_heads: int, positions: Callable[[ReplyGuesses], Iterable[int]]
+) -> Counter[Path]:
+    """How often each path of ranks led to the reply's own tokens; the root, (), counts the positions."""
+    hits: Counter[Path] = Counter()
+    for item in replies:
+        for i in positions(item):
+            if i + num_heads >= len(item.reply):
+                continue  # not every head has a token to guess
+            path: Path = ()
+            hits[path] += 1
+            for guesses, target in zip(item.guesses[i], item.reply[i + 1 :], strict=False):
+                if target not in guesses:
+                    break
+                path = (*path, guesses.index(target))
+                hits[path] += 1
+    return hits
+
+
+def _all_positions(item: ReplyGuesses) -> Iterable[int]:
+    return range(len(item.reply))
+
+
+def _roots(item: ReplyGuesses, tree: TokenTree) -> Iterable[int]:
+    """Where the steps of a walk begin."""
+    return accumulate(walk(item, tree)[:-1], initial=0)
+
+
 def _guess_batch(backbone: Backbone, heads: DraftHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:
     sequences = [[*prompt, *reply] for prompt, reply in rows]
     longest = max(len(ids) for ids in sequences)
@@ -147,10 +163,9 @@ def _guess_along(
     num_heads = heads.config.num_heads
     tokens = torch.tensor([*reply, *[0] * (num_heads - 1)], device=hidden_Td.device)  # past the end: never compared
     ahead_TK = tokens.unfold(0, num_heads, 1)
+    weight_Vd, cap = backbone.lm_head_weight, backbone.cap
     guesses = [
-        heads.guess_next(
-            k, hidden_Td, ahead_TK[:, : k + 1], backbone.embed, backbone.lm_head_weight, width, backbone.cap
-        )
+        heads.guess_next(k, hidden_Td, ahead_TK[:, : k + 1], backbone.embed, weight_Vd, width, cap)
         for k in range(num_heads)
     ]
     return torch.stack([ids for ids, _ in guesses], 1)

@@ -22,9 +22,12 @@ from medusa.engine.profile import CONTEXT, Profiler
 from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
-from medusa.engine.speculation import Choose, Policy, StepTimes, always, ladder_of
+from medusa.engine.speculation import Adaptive, Always, Buckets, Policy, ladder_of
+from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
+from medusa.engine.step_times import StepTimes
+from medusa.growth import grown_tree
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
@@ -66,7 +69,8 @@ class Engine:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.trees, self._tokens_per_step = ladder_of(checkpoint.meta) if checkpoint else ((), ())
+        self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
+        self._grown = grown_tree(checkpoint.meta) if checkpoint else None
         self._limits = Limits.of(
             backbone,
             checkpoint,
@@ -101,7 +105,8 @@ class Engine:
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
         self._ids = itertools.count()
-        self._choose = self._chooser(speculation, step_times)
+        self._step_times = step_times
+        self._loop.speculation = self._speculator_of(speculation, step_times)
 
     @classmethod
     def from_pretrained(
@@ -201,7 +206,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Prefills chunks of what can join, decodes one step of all that run, and returns what each reply gained."""
-        return self._loop.step(self._trees_of)
+        return self._loop.step()
 
     def abort(self, request_id: str) -> list[Output]:
         """Ends a request wherever it is and frees its row and pages; unknown ids are ignored (it may have ended)."""
@@ -217,22 +222,40 @@ class Engine:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
         tree = tree or TokenTree.root()
         self._limits.check_tree(tree)
-        self._choose = always(tree)
+        self._loop.speculation = Always(tree)
+
+    def set_speculation(self, speculation: Speculation) -> None:
+        """From the next step on, as the constructor's argument of that name; "auto" measures once an engine."""
+        if speculation == "auto" and self._step_times is None and self.has_unfinished():
+            raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
+        self._loop.speculation = self._speculator_of(speculation, self._step_times)
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        """What "auto" chooses by, once it was measured or given."""
+        return self._step_times
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        self._choose = self._policy(step_times)
+        self._loop.speculation = self._adaptive(step_times)
 
     def measure_step_times(
-        self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = CONTEXT
+        self,
+        batch_sizes: Items[int],
+        trees: Items[TokenTree],
+        *,
+        repeats: int = 5,
+        context: int | Items[int] = CONTEXT,
     ) -> StepTimes:
         """Times decode steps of this engine, idle, at each batch size and tree: the fastest of `repeats` rounds, with
-        `context` tokens a sequence (fewer where the engine's own context is shorter)."""
+        `context` tokens a sequence, or each of several (fewer where the engine's own context is shorter)."""
         if self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
         for tree in trees:
             self._limits.check_tree(tree)
-        return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
+        contexts = [context] if isinstance(context, int) else context
+        steps = {batch: [[tree] * batch for tree in trees] for batch in batch_sizes}
+        return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
         """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
@@ -259,28 +282,35 @@ class Engine:
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,
+            growth=self._grown.paths if self._grown else (),
         )
 
-    def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
-        return [self._choose(len(sequences))] * len(sequences)
-
-    def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Choose:
+    def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
-            return always(TokenTree.root())
+            return Always(TokenTree.root())
         if speculation == "auto":
-            return self._policy(step_times)
+            return self._adaptive(step_times)
         sizes = {tree.num_nodes: tree for tree in self.trees}
         if isinstance(speculation, bool) or speculation not in sizes:
             raise ValueError(
                 f"speculation is 'auto', 'off' or a tree size of the ladder {sorted(sizes)}, got {speculation!r}"
             )
-        return always(sizes[int(speculation)])
+        return Always(sizes[int(speculation)])
 
-    def _policy(self, step_times: StepTimes | None) -> Choose:
-        if not self.trees:
+    def _adaptive(self, step_times: StepTimes | None) -> Adaptive:
+        grown = self._grown
+        if grown is None:
             raise ValueError(
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
                 "or give speculation='off'"
             )
-        times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
-        return Policy(self.trees, self._tokens_per_step, times).choose
+        buckets = self._runner.buckets
+        if buckets is not None:
+            times = step_times or self._profiler.measure_buckets(buckets, grown)
+            policy = Policy(grown, times, buckets)
+        else:
+            times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+            sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
+            policy = Policy(grown, times, sizes, uniform=True)
+        self._step_times = times
+        return Adaptive(policy)

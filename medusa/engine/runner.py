@@ -20,6 +20,7 @@ from medusa.drafter import Drafter, make_drafter
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
+from medusa.engine.speculation import Buckets
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
@@ -73,6 +74,10 @@ class Runner:
     @property
     def lag(self) -> int:
         return 0
+
+    @property
+    def buckets(self) -> Buckets | None:
+        return None
 
     @torch.inference_mode()
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Done:

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medusa.engine.acceptance import Acceptance
 from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.engine.page_pool import chain
 from medusa.sampling import SamplingParams
@@ -91,6 +92,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.accepted_per_step: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.acceptance = Acceptance()
         self.finish_reason: FinishReason | None = None
         self._detokenizer = tokenizer.detokenizer()
         self._digests: list[bytes] = []

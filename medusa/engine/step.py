@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.speculation import Buckets
 from medusa.tree import TokenTree
 
 
@@ -90,6 +91,12 @@ class StepRunner(Protocol):
     @property
     def lag(self) -> int:
         """How many engine steps a launch may be collected late: 0 or 1."""
+        ...
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """The shapes that it has ready, by sequences and by nodes of all trees together, which may differ from tree to
+        tree. None where it pads all trees of a step to the largest."""
         ...
 
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:

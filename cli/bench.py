@@ -1,0 +1,15 @@
+"""`medusa bench ...`: measurements of the whole, each of them a file of benchmarks/."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks.decode import decode
+from benchmarks.trees import trees
+
+app = typer.Typer(
+    help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
+    no_args_is_help=True,
+)
+app.command()(decode)
+app.command()(trees)
