@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from medusa.adapter import load_with_adapter
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
 from medusa.engine.kv_cache import KVCache
@@ -27,6 +28,7 @@ from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
 from medusa.growth import grown_tree
+from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -122,12 +124,16 @@ class Engine:
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> Engine:
-        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding.
+        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
+        the checkpoint has an adapter, `backbone` is its base or the two merged.
 
         Raises UnsupportedModelError, CheckpointError, CheckpointMismatchError, or ValueError for a bad argument.
         """
-        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype)
-        checkpoint = load_checkpoint(Path(heads), model) if heads is not None else None
+        if heads is None:
+            model, checkpoint = Backbone.from_pretrained(backbone, device=device, dtype=dtype), None
+        else:
+            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype)
+            checkpoint = load_checkpoint(Path(heads), model)
         return cls(
             model,
             ChatTokenizer.from_pretrained(backbone),
@@ -252,9 +258,10 @@ class Engine:
         return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
-        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
         limits = self._limits
-        if self.backbone.device.type != "cuda":
+        parallel = self.checkpoint is None or isinstance(self.checkpoint.heads, MedusaHeads)
+        if self.backbone.device.type != "cuda" or not parallel:
             return Runner(
                 self.backbone,
                 self.checkpoint,
