@@ -18,6 +18,7 @@ from rich.console import Console
 from medusa.config import ConfigError, load_config, strict
 from medusa.model import Backbone
 from pipelines import progress
+from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
 from pipelines.distill import DistillConfig, distill
@@ -55,11 +56,15 @@ class ModelConfig:
 @strict
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """One pipeline: `root` holds its steps' folders, everything else is the config of a step."""
+    """One pipeline: `root` holds its steps' folders, everything else is the config of a step.
+
+    `heads` is a checkpoint folder that the train step takes as it is instead of training (pipelines/adopt.py).
+    """
 
     name: str
     root: str = "runs"
     model: ModelConfig
+    heads: str | None = None
     prompts: PromptsConfig
     distill: DistillConfig
     train: TrainConfig
@@ -123,6 +128,8 @@ def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: 
             return prepare_prompts(context, config.prompts)
         case "distill":
             return distill(context, config.distill, outputs["prompts"])
+        case "train" if config.heads is not None:
+            return adopt(context, Path(config.heads))
         case "train":
             return train(context, config.train, outputs["distill"])
         case "calibrate":
