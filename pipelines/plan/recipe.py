@@ -1,0 +1,24 @@
+"""A pipeline's config as what `medusa plan train` counts."""
+
+from __future__ import annotations
+
+from medusa.heads import HeadsConfig
+from pipelines.plan.shapes import ModelShape
+from pipelines.plan.training import Recipe
+from pipelines.run import PipelineConfig
+
+
+def heads_of(config: PipelineConfig, shape: ModelShape) -> HeadsConfig:
+    return config.train.heads.on(shape.hidden_size, shape.vocab_size)
+
+
+def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
+    trainer = config.train.trainer
+    return Recipe(
+        heads=heads_of(config, shape),
+        epochs=trainer.epochs,
+        max_length=trainer.max_length,
+        micro_batch=trainer.micro_batch_size or trainer.batch_size,
+        chunk_size=trainer.chunk_size,
+        distill_batch=config.distill.max_batch_size,
+    )
