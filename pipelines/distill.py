@@ -19,6 +19,7 @@ engine's batch is filled from the next block while the last replies of the one b
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -132,7 +133,7 @@ def distill(
     ):
         if step.complete:
             return step.output
-        run = Run(step, config, blocks, build_engine or _engine_builder(context.model, config), context.console)
+        run = Run(step, config, blocks, build_engine or engine_builder(context.model, config), context.console)
         stepping = run.answer_missing()
         account = account_for(step.path / DATA, blocks)
         _write_lines(step.path / FAILED, account.failures)
@@ -161,16 +162,18 @@ class Run:
         self._files = {block_path(step.path / DATA, number): block for number, block in enumerate(blocks)}
         self._total = sum(map(len, blocks))
 
-    def answer_missing(self) -> dict[str, int]:
-        """Answers the blocks whose file is missing. Returns this run's engine steps, the replies under way summed
-        over them (their ratio is the mean batch), and the reply tokens they gave.
+    def answer_missing(self) -> dict[str, float]:
+        """Answers the blocks whose file is missing. Returns this run's engine steps, the replies under way summed over
+        them (their ratio is the mean batch), the reply tokens they gave, and the seconds from the first block's start
+        to the last one's end.
         """
         shutil.rmtree(self._path / WORK, ignore_errors=True)
         for folder in (self._path / DATA, self._path / WORK):
             folder.mkdir(exist_ok=True)
         done = [file for file in self._files if file.exists()]
         failed = sum(ending["outcome"] == "failed" for file in done for ending in read_endings(file))
-        stepping = {"steps": 0, "replies_stepped": 0, "tokens": 0}
+        stepping: dict[str, float] = {"steps": 0, "replies_stepped": 0, "tokens": 0, "seconds": 0.0}
+        first_start, last_end = math.inf, 0.0
         with _progress(self._console, self._total, sum(len(self._files[file]) for file in done)) as advance:
             for report in self._reports([file for file in self._files if file not in set(done)]):
                 self._step.ensure_held()  # else the rest would be answered for nothing
@@ -179,6 +182,8 @@ class Run:
                 stepping["steps"] += report.steps
                 stepping["replies_stepped"] += report.replies_stepped
                 stepping["tokens"] += report.tokens
+                first_start, last_end = min(first_start, report.started), max(last_end, report.ended)
+                stepping["seconds"] = last_end - first_start
                 advance(report)
         return stepping
 
@@ -274,7 +279,8 @@ def _fits_a_node(cpus: float, gpus: float) -> bool:
     return any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes)
 
 
-def _engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], Engine]:
+def engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], Engine]:
+    """What makes an actor's engine, in whatever process it is called."""
     return partial(
         Engine.from_pretrained,
         model.backbone,
