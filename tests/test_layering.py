@@ -21,8 +21,8 @@ MAY_IMPORT = {  # of our own packages
     "cli": set(PACKAGES),
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it
-    {"config", "digests", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads"},
-    {"decoding", "checkpoint", "model"},
+    {"config", "digests", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads", "hydra"},
+    {"decoding", "checkpoint", "model", "adapter", "drafter"},
     {"calibration", "engine", "export", "training"},
 )
 NOT_IN_CORE = {"ray", "mlflow", "fastapi", "starlette", "uvicorn", "openai", "datasets", "matplotlib"}

@@ -1,72 +1,49 @@
 """The result of joint training as one Transformers model: the adapter merged into the backbone's weights.
 
-<output>/            the merged model with its tokenizer, as save_pretrained writes it
+<output>/            the merged model with its tokenizer, file by file like the base's folder
 <output>/medusa/     the heads, pinned to the digest of the merged weights
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMismatchError, save_checkpoint
+from medusa.adapter import write_merged
+from medusa.checkpoint import ADAPTER, Checkpoint, CheckpointMismatchError, save_checkpoint
 from medusa.export.folders import whole_folder
 from medusa.export.layouts import ExportError
 from medusa.model import model_directory, weights_digest
 
-ADAPTER = "adapter"
 HEADS = "medusa"
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
 
 
 def export_merged(directory: Path, checkpoint: Checkpoint, backbone: str | None, output: Path) -> str:
     """Writes the merged model and its heads; returns the digest of the merged weights.
 
-    `backbone` is the model that the adapter was trained on. The heads' weights and calibration stay as they are.
+    `backbone` is the model that the adapter was trained on. Heads, calibration and trees stay as they are.
     """
-    adapter = directory / ADAPTER
-    if not (adapter / "adapter_config.json").is_file():
+    meta = checkpoint.meta
+    if meta.adapter is None:
         raise ExportError(
-            f"{directory} has no {ADAPTER}/, so its backbone is unchanged and there is nothing to merge; use the "
-            "backbone as it is, or export the heads with --format vllm, tgi or medusa"
+            f"{directory} has no {ADAPTER}/, so its backbone is a model of its own and there is nothing to merge; use "
+            "the backbone as it is, or export the heads with --format vllm, tgi or medusa"
         )
-    base = model_directory(backbone or checkpoint.meta.backbone.name)
-    model = merge_adapter(base, adapter)
-    with whole_folder(output) as folder:
-        model.save_pretrained(folder)
-        for pattern in TOKENIZER_FILES:
-            for file in base.glob(pattern):
-                shutil.copy2(file, folder / file.name)
-        digest = weights_digest(folder)
-        _check_known(checkpoint, digest, weights_digest(base), base)
-        pinned = BackboneRef(
-            name=output.name, weights_digest=digest, tokenizer_digest=checkpoint.meta.backbone.tokenizer_digest
-        )
-        save_checkpoint(folder / HEADS, checkpoint.heads, dataclasses.replace(checkpoint.meta, backbone=pinned))
-    return digest
-
-
-@torch.no_grad()
-def merge_adapter(base: Path, adapter: Path) -> PreTrainedModel:
-    """The base model with the adapter added into its weights, in the dtype of the base's files."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ExportError(f"merging an adapter needs peft ({error}); install it: pip install peft") from error
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", use_safetensors=True)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    return merged
-
-
-def _check_known(checkpoint: Checkpoint, merged: str, base: str, folder: Path) -> None:
-    """The heads name the base or the merged weights, as their trainer wrote them; anything else is another model."""
-    named = checkpoint.meta.backbone.weights_digest
-    if named not in (merged, base):
+    base = model_directory(backbone or meta.adapter.base.name)
+    digest = weights_digest(base)
+    if digest != meta.adapter.base.weights_digest:
         raise CheckpointMismatchError(
-            f"these heads belong to {checkpoint.meta.backbone.name} ({named}), but {folder} is {base} and merged with "
-            f"the adapter {merged}; give the backbone that the adapter was trained on (--backbone)"
+            f"the adapter of {directory} was trained on {meta.adapter.base.name} ({meta.adapter.base.weights_digest}), "
+            f"but {base} is {digest}; give the backbone that it was trained on (--backbone)"
         )
+    with whole_folder(output) as folder:
+        folder.rmdir()  # it is written in one piece
+        merged = write_merged(base, directory / ADAPTER, folder)
+        if merged != meta.backbone.weights_digest:
+            raise CheckpointMismatchError(
+                f"{base} with {directory / ADAPTER} gives {merged}, but the heads were trained for "
+                f"{meta.backbone.weights_digest}; the folder or the base has changed since"
+            )
+        pinned = dataclasses.replace(meta.backbone, name=output.name)
+        save_checkpoint(folder / HEADS, checkpoint.heads, dataclasses.replace(meta, backbone=pinned, adapter=None))
+    return merged

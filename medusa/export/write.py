@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,10 +9,10 @@ from typing import Literal, get_args
 import torch
 from safetensors.torch import save_file
 
-from medusa.checkpoint import META, Checkpoint, CheckpointMismatchError, load_checkpoint
+from medusa.checkpoint import Checkpoint, CheckpointMismatchError, load_checkpoint, read_meta
 from medusa.export.folders import whole_folder, write_json
 from medusa.export.layouts import REFERENCE_WEIGHTS, ExportError, Layout, reference_layout, tgi_layout, vllm_layout
-from medusa.export.merge import ADAPTER, export_merged
+from medusa.export.merge import HEADS, export_merged
 from medusa.model import Backbone, weights_digest
 
 Format = Literal["vllm", "tgi", "medusa", "transformers"]
@@ -45,14 +44,19 @@ def export_checkpoint(directory: Path, format: Format, output: Path, backbone: s
     directory = Path(directory)
     if format not in FORMATS:
         raise ExportError(f"{format!r} is no export format; it is one of {', '.join(FORMATS)}")
-    _refuse_other_kinds(directory, format)
+    kind = read_meta(directory).head_kind
+    if kind != HEAD_KIND and format != "transformers":
+        raise ExportError(
+            f"{directory} holds {kind} heads, which depend on each other's guesses; {format} reads Medusa heads only. "
+            "Serve them with `medusa serve`, or train Medusa heads"
+        )
     checkpoint = load_checkpoint(directory)
     if format == "transformers":
         digest = export_merged(directory, checkpoint, backbone, output)
-        return Exported(output, (f"the merged weights are {digest}; heads pinned to them are in {output / 'medusa'}",))
-    if (directory / ADAPTER).is_dir() and backbone is None:
+        return Exported(output, (f"the merged weights are {digest}; heads pinned to them are in {output / HEADS}",))
+    if checkpoint.meta.adapter is not None and backbone is None:
         raise ExportError(
-            f"{directory} was trained together with its backbone (it has an {ADAPTER}/); export it with --format "
+            f"{directory} was trained together with its backbone (it has an adapter); export it with --format "
             f"transformers first, and give the merged model as --backbone"
         )
     notes = [f"read by {READERS[format]}", _check_backbone(checkpoint, backbone)]
@@ -78,19 +82,6 @@ def _layout(directory: Path, checkpoint: Checkpoint, format: Format, backbone: s
         return vllm_layout(checkpoint, _lm_head(directory, checkpoint, backbone) if shared and backbone else None)
     name = _located(checkpoint, format, backbone)
     return tgi_layout(checkpoint, name) if format == "tgi" else reference_layout(checkpoint, name)
-
-
-def _refuse_other_kinds(directory: Path, format: Format) -> None:
-    """By the raw file: other kinds have another schema, whose message would not say what matters here."""
-    try:
-        kind = json.loads((directory / META).read_text()).get("head_kind", HEAD_KIND)
-    except (OSError, ValueError, AttributeError):
-        return  # load_checkpoint says what is wrong
-    if kind != HEAD_KIND and format != "transformers":
-        raise ExportError(
-            f"{directory} holds {kind} heads, which depend on each other's guesses; {format} reads Medusa heads only. "
-            "Serve them with `medusa serve`, or train Medusa heads"
-        )
 
 
 def _check_backbone(checkpoint: Checkpoint, backbone: str | None) -> str | None:

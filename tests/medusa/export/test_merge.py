@@ -7,13 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medusa import Engine, SamplingParams
+from medusa.adapter import write_merged
 from medusa.checkpoint import (
+    AdapterRef,
     BackboneRef,
     CheckpointMeta,
     CheckpointMismatchError,
     load_checkpoint,
     save_checkpoint,
 )
+from medusa.digests import directory_digest
+from medusa.export.layouts import ExportError
 from medusa.export.write import export_checkpoint
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone, weights_digest
@@ -37,11 +41,17 @@ def joint(tmp_path, tiny_llama):
         logits = adapted(IDS).logits
         with adapted.disable_adapter():
             base_logits = adapted(IDS).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = write_merged(tiny_llama, tmp_path / "adapter", tmp_path / "merged by the trainer")
     config = HeadsConfig(hidden_size=64, vocab_size=512, num_heads=2)
     heads = MedusaHeads.initialised(config, model.get_output_embeddings().weight.detach())
-    reference = BackboneRef(name="tiny", weights_digest=weights_digest(tiny_llama))
-    save_checkpoint(tmp_path / "heads", heads, CheckpointMeta(heads=config, backbone=reference))
-    adapted.save_pretrained(tmp_path / "heads" / "adapter")
+    base = BackboneRef(name="tiny", weights_digest=weights_digest(tiny_llama))
+    meta = CheckpointMeta.of(
+        heads,
+        BackboneRef(name="tiny", weights_digest=merged),
+        adapter=AdapterRef(base=base, digest=directory_digest(tmp_path / "adapter")),
+    )
+    save_checkpoint(tmp_path / "heads", heads, meta, adapter=tmp_path / "adapter")
     return tmp_path / "heads", logits, base_logits
 
 
@@ -75,6 +85,14 @@ def test_its_heads_are_pinned_to_the_merged_weights_and_to_no_others(joint, tmp_
 
 def test_an_adapter_is_merged_into_its_own_base_only(joint, tmp_path, make_backbone_dir):
     folder, _, _ = joint
-    with pytest.raises(CheckpointMismatchError, match="give the backbone that the adapter was trained on"):
+    with pytest.raises(CheckpointMismatchError, match="give the backbone that it was trained on"):
         export_checkpoint(folder, "transformers", tmp_path / "merged", str(make_backbone_dir("llama", seed=5)))
     assert not (tmp_path / "merged").exists()
+
+
+def test_only_the_merged_model_is_what_other_programs_load(joint, tmp_path, tiny_llama):
+    folder, _, _ = joint
+    with pytest.raises(ExportError, match="export it with --format transformers first"):
+        export_checkpoint(folder, "vllm", tmp_path / "out")
+    with pytest.raises(CheckpointMismatchError, match="these heads belong to tiny"):
+        export_checkpoint(folder, "vllm", tmp_path / "out", str(tiny_llama))
