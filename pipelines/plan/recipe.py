@@ -14,8 +14,15 @@ def heads_of(config: PipelineConfig, shape: ModelShape) -> HeadsConfig:
 
 def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
     trainer = config.train.trainer
+    joint = trainer.joint
     return Recipe(
         heads=heads_of(config, shape),
+        method="heads" if joint is None else joint.method,
+        rank=0 if joint is None else joint.rank,
+        distils=joint is not None and joint.lm_loss == "distill",
+        heads_only_ratio=0.0 if joint is None else joint.heads_only_ratio,
+        optimizer=trainer.optimizer,
+        checkpointing=trainer.activation_checkpointing,
         epochs=trainer.epochs,
         max_length=trainer.max_length,
         micro_batch=trainer.micro_batch_size or trainer.batch_size,
