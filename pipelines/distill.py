@@ -57,6 +57,7 @@ STEP_VERSION = 1
 DATA = "data"
 FAILED = "failed.jsonl"
 INCOMPLETE = "incomplete.jsonl"
+CHAMPION = "champion"
 WORK = ".work"  # unfinished files and attempts; hidden, so that it is no output of the step
 
 
@@ -71,9 +72,10 @@ class DistillConfig(ReplyConfig):
 
     `num_actors` null: one a GPU of the cluster as it is, or one if there is none; 0: in this process, without
     Ray. `gpus_per_actor` null: 1 where there are GPUs. `heads` is a Medusa checkpoint of this backbone, an
-    earlier version's perhaps, which makes it faster and changes no token (in float32); `speculation` is then
-    as the engine has it: "auto", "off" or a tree size. The run stops when more than `max_failed` of all
-    conversations fail, or when a block has ended its worker `max_attempts` times.
+    earlier version's perhaps, which makes it faster and changes no token (in float32); in a pipeline "champion"
+    is the registry's. `speculation` is then as the engine has it: "auto", "off" or a tree size. The run stops
+    when more than `max_failed` of all conversations fail, or when a block has ended its worker `max_attempts`
+    times.
     """
 
     rows_per_block: int = 64

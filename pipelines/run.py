@@ -21,10 +21,10 @@ from pipelines import progress
 from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
-from pipelines.distill import DistillConfig, distill
+from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
-from pipelines.register import RegisterConfig, champion_folder, register
+from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainConfig, train
 
@@ -122,12 +122,20 @@ def run_pipeline(
         return outputs
 
 
+def _with_champion(context: RunContext, config: PipelineConfig) -> DistillConfig:
+    """distill.heads "champion" as the folder of today's champion, or none while there is no champion to use."""
+    if config.distill.heads != CHAMPION:
+        return config.distill
+    folder = champion_for(context, config.register, config.model.backbone)
+    return replace(config.distill, heads=None if folder is None else str(folder))
+
+
 def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]) -> StepOutput:
     match step:
         case "prompts":
             return prepare_prompts(context, config.prompts)
         case "distill":
-            return distill(context, config.distill, outputs["prompts"])
+            return distill(context, _with_champion(context, config), outputs["prompts"])
         case "train" if config.heads is not None:
             return adopt(context, Path(config.heads))
         case "train":

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from medusa.checkpoint import read_meta
+from medusa.tokenizer import ChatTokenizer
 from pipelines.plan.figures import load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.training import Data, plan_training
@@ -112,3 +113,14 @@ def test_the_document_shows_what_plan_computes(name: str) -> None:
     told = [f"{plan.num_gpus}", f"{plan.memory_each:.0f}", f"{plan.distill_hours.value:.1f}"]
     assert cells[2:6] == [*told, f"{plan.train_hours.value:.1f}"]
     assert plan.hours.basis in cells[6]
+
+
+def test_the_template_for_vicuna_continues_conversations(make_tokenizer: Callable[..., Any]) -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    (template,) = re.findall(r"^\{\{ bos_token \}\}A chat between.*$", text, re.M)
+    tokenizer = ChatTokenizer(make_tokenizer(chat_template=template))
+    first = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+    assert tokenizer.decode(first, skip_special_tokens=False).endswith("questions. USER: Hello ASSISTANT:")
+    reply = [*tokenizer.hf.encode(" Hi", add_special_tokens=False), tokenizer.hf.eos_token_id]
+    second = tokenizer.next_turn([*first, *reply], "And?")
+    assert tokenizer.decode(second, skip_special_tokens=False).endswith("ASSISTANT: Hi</s> USER: And? ASSISTANT:")
