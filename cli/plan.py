@@ -156,7 +156,9 @@ def _print_training(model: str, data: Data, plan: TrainPlan) -> None:
     table = Table("what", "figure", "rests on", title=f"Training {model} on {plan.num_gpus} x {plan.gpu}")
     for name, gib in plan.memory.items():
         table.add_row(name, f"{gib:.1f} GiB", "formula")
-    table.add_row("memory of each GPU", f"{plan.memory_each:.1f} of {plan.memory_gpu:.1f} GiB", plan.strategy)
+    table.add_row("memory of each GPU, training", f"{plan.memory_each:.1f} of {plan.memory_gpu:.1f} GiB", plan.strategy)
+    distilling = " + ".join(f"{name} {gib:.1f}" for name, gib in plan.distill_memory.items())
+    table.add_row("memory of each GPU, distilling", f"{sum(plan.distill_memory.values()):.1f} GiB", distilling)
     for name, hours in (("distil", plan.distill_hours), ("train", plan.train_hours), ("both", plan.hours)):
         table.add_row(name, _time(hours.value), f"{WORDS[hours.basis]} ({hours.how})")
     console = Console()

@@ -20,7 +20,7 @@ FP32 = 4
 MAX_GPUS = 64
 WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5625}  # 4 bits with a scale of 16 bits for each 32 weights
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
-SPREAD = ("backbone weights", "trained parameters, gradients, optimiser", "teacher's weights")  # by FSDP
+NOT_SPREAD = ("activations of the backbone", "activations of the heads", "logits, one chunk", "runtime")  # by FSDP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,8 @@ class Data:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """`memory` is GiB of one GPU by item, as if all stood on it; `memory_each` with the spread over `num_gpus`."""
+    """`memory` is GiB of one GPU by item, as if all stood on it; `memory_each` with the spread over `num_gpus`.
+    `distill_memory` is that of an engine of the distillation, which runs before."""
 
     gpu: str
     num_gpus: int
@@ -68,6 +69,7 @@ class TrainPlan:
     memory: dict[str, float]
     memory_each: float
     memory_gpu: float
+    distill_memory: dict[str, float]
     distill_hours: Figure
     train_hours: Figure
     notes: tuple[str, ...]
@@ -111,10 +113,12 @@ def _plan(machine: Machine, recipe: Recipe, data: Data, items: Mapping[str, floa
     usable = machine.gpu.memory_gb * 1e9 / GIB * assumed.memory_share
     whole = sum(items.values())
     spread = whole > usable and count > 1
-    each = whole if not spread else whole - sum(items[name] for name in SPREAD if name in items) * (1 - 1 / count)
+    local = sum(items[name] for name in NOT_SPREAD)
+    each = local + (whole - local) / count if spread else whole
     notes = [] if not spread else ["weights, gradients and optimiser are spread over the GPUs (FSDP)"]
     if recipe.weight_bits < 16 and recipe.method != "heads":
         notes.append("the paper trains adapters on a quantised backbone in its Vicuna recipes; the teacher is then too")
+    batch = _distill_batch(machine, recipe, data, usable)
     return TrainPlan(
         gpu=machine.gpu_name,
         num_gpus=count,
@@ -122,29 +126,38 @@ def _plan(machine: Machine, recipe: Recipe, data: Data, items: Mapping[str, floa
         memory=dict(items),
         memory_each=each,
         memory_gpu=usable,
-        distill_hours=_distill_hours(machine, recipe, data, usable, count),
+        distill_memory=_distill_memory(machine, data, batch),
+        distill_hours=_distill_hours(machine, data, batch, count),
         train_hours=_train_hours(machine, recipe, data, count),
         notes=tuple(notes),
     )
 
 
 def memory_items(shape: ModelShape, recipe: Recipe, runtime_gb: float) -> dict[str, float]:
-    """GiB of one GPU, in bf16 with master weights and optimiser in float32."""
+    """GiB of one GPU: what is frozen in bf16 or quantised, what learns in float32."""
     tokens = recipe.micro_batch * recipe.max_length
-    bits = WEIGHT_BYTES[recipe.weight_bits]
-    vocabulary = (shape.parameters - shape.layer_parameters) * BF16  # embeddings and LM head are not quantised
-    trained = head_parameters(recipe.heads)
-    trained += {"heads": 0, "lora": shape.lora_parameters(recipe.rank), "full": shape.parameters}[recipe.method]
+    learning = FP32 + MOMENT_BYTES[recipe.optimizer]  # gradient and moments of a parameter, beside its own weight
+    vocabulary = shape.parameters - shape.layer_parameters  # embeddings and LM head are not quantised
+    widest = recipe.heads.head_vocab_size if recipe.method == "heads" else shape.vocab_size  # the LM head learns too
+    frozen = shape.layer_parameters * WEIGHT_BYTES[recipe.weight_bits] + vocabulary * BF16
     items = {
-        "backbone weights": shape.layer_parameters * bits + vocabulary,
-        "trained parameters, gradients, optimiser": trained * (2 * FP32 + MOMENT_BYTES[recipe.optimizer]),
+        "backbone": shape.parameters * FP32 if recipe.method == "full" else frozen,
+        "heads": head_parameters(recipe.heads) * FP32,
+        "heads' gradients and optimiser": head_parameters(recipe.heads) * learning,
+    }
+    if recipe.method == "lora":
+        adapters = shape.lora_parameters(recipe.rank)
+        items |= {"adapters": adapters * FP32, "adapters' gradients and optimiser": adapters * learning}
+    if recipe.method == "full":
+        items["backbone's gradients and optimiser"] = shape.parameters * learning
+        if recipe.distils or recipe.heads_only_ratio:
+            items["frozen teacher"] = shape.parameters * BF16
+    items |= {
         "activations of the backbone": activation_bytes(shape, recipe, tokens),
         "activations of the heads": tokens * shape.hidden_size * FP32 * (2 * recipe.heads.num_heads + 2),
-        "logits, one chunk": recipe.chunk_size * recipe.heads.head_vocab_size * FP32 * 3,
+        "logits, one chunk": recipe.chunk_size * widest * FP32 * 3,
         "runtime": runtime_gb * 1e9,
     }
-    if recipe.method == "full" and recipe.distils:
-        items["teacher's weights"] = shape.parameters * BF16
     return {name: size / GIB for name, size in items.items()}
 
 
@@ -191,8 +204,8 @@ def _train_hours(machine: Machine, recipe: Recipe, data: Data, count: int) -> Fi
     return Figure(seconds / 3600, weakest(*speeds), "; ".join(speed.how for speed in speeds))
 
 
-def _distill_hours(machine: Machine, recipe: Recipe, data: Data, usable: float, count: int) -> Figure:
-    """Plain decoding by an engine a GPU, its batch as large as configured and as the cache has room for."""
+def _distill_batch(machine: Machine, recipe: Recipe, data: Data, usable: float) -> int:
+    """As configured, and as the cache has room for."""
     length = data.prompt_tokens + data.reply_tokens
     free = usable * GIB - machine.shape.parameters * BF16 - machine.figures.assumptions.runtime_gb * 1e9
     room = int(free / (length * machine.shape.kv_bytes_per_token))
@@ -201,8 +214,20 @@ def _distill_hours(machine: Machine, recipe: Recipe, data: Data, usable: float, 
             f"{machine.model} and one conversation of {length} tokens do not fit one {machine.gpu_name} for "
             "distillation in bf16; choose a larger GPU"
         )
-    batch = min(recipe.distill_batch, room)
-    step = decode_step(machine, batch, 1, length - data.reply_tokens // 2, None)
+    return min(recipe.distill_batch, room)
+
+
+def _distill_memory(machine: Machine, data: Data, batch: int) -> dict[str, float]:
+    cache = batch * (data.prompt_tokens + data.reply_tokens) * machine.shape.kv_bytes_per_token
+    items = {"backbone": machine.shape.parameters * BF16, "KV cache": cache}
+    return {name: size / GIB for name, size in items.items()} | {
+        "runtime": machine.figures.assumptions.runtime_gb * 1e9 / GIB
+    }
+
+
+def _distill_hours(machine: Machine, data: Data, batch: int, count: int) -> Figure:
+    """Plain decoding by an engine a GPU."""
+    step = decode_step(machine, batch, 1, data.prompt_tokens + data.reply_tokens // 2, None)
     reading = prefill(machine, data.prompt_tokens)
     seconds = data.conversations * (data.reply_tokens * step.value / batch + reading.value) / count
     return Figure(seconds / 3600, weakest(step, reading), f"batch {batch}, {step.how}")

@@ -63,7 +63,8 @@ def test_the_optimiser_takes_what_is_planned():
     optimizer.step()
     tensors = [t for p in heads.parameters() for t in (p, p.grad, *optimizer.state[p].values()) if t.ndim]
     recipe = Recipe(heads=heads.config)
-    planned = memory_items(SHAPE, recipe, 0)["trained parameters, gradients, optimiser"] * 2**30
+    items = memory_items(SHAPE, recipe, 0)
+    planned = (items["heads"] + items["heads' gradients and optimiser"]) * 2**30
     assert planned == sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -126,7 +127,7 @@ def test_what_does_not_fit_one_gpu_is_spread():
     found = plan(full)
     assert found.strategy == "fsdp" and found.num_gpus > 1
     assert found.memory_each <= found.memory_gpu < sum(found.memory.values())
-    assert found.memory["teacher's weights"] == pytest.approx(SHAPE.parameters * 2 / 2**30)
+    assert found.memory["frozen teacher"] == pytest.approx(SHAPE.parameters * 2 / 2**30)
     with pytest.raises(ConfigError, match="GiB a GPU, where"):
         plan(full, num_gpus=1)
     with pytest.raises(ConfigError, match="do not fit one l4-24gb for distillation"):
@@ -137,18 +138,25 @@ def test_each_saving_saves_what_it_should():
     def items(**changes):
         return memory_items(SHAPE, Recipe(heads=HEADS, **changes), 1.5)
 
-    plain, trained = items(), "trained parameters, gradients, optimiser"
-    assert items(weight_bits=4)["backbone weights"] < 0.35 * plain["backbone weights"]
-    assert items(optimizer="adamw_8bit")[trained] == pytest.approx(plain[trained] * 10 / 16)
-    lora = items(method="lora")
-    assert (
-        lora["activations of the backbone"]
-        > 5 * items(method="lora", checkpointing=True)["activations of the backbone"]
-    )
-    assert lora[trained] - plain[trained] == pytest.approx(SHAPE.lora_parameters(32) * 16 / 2**30)
-    shared = replace(HEADS, vocabulary="shared")
-    assert items()[trained] > 7 * memory_items(SHAPE, Recipe(heads=shared), 1.5)[trained]
-    assert "teacher's weights" not in items(method="lora", distils=True)  # the adapter is switched off instead
+    plain, optimiser = items(), "heads' gradients and optimiser"
+    assert items(weight_bits=4)["backbone"] < 0.35 * plain["backbone"]
+    assert items(optimizer="adamw_8bit")[optimiser] == pytest.approx(plain[optimiser] * 6 / 12)
+    lora, again = items(method="lora"), items(method="lora", checkpointing=True)
+    assert lora["activations of the backbone"] > 5 * again["activations of the backbone"]
+    adapters = lora["adapters"] + lora["adapters' gradients and optimiser"]
+    assert adapters == pytest.approx(SHAPE.lora_parameters(32) * 16 / 2**30)
+    assert items()["heads"] > 7 * memory_items(SHAPE, Recipe(heads=replace(HEADS, vocabulary="shared")), 1.5)["heads"]
+    assert "frozen teacher" not in items(method="lora", distils=True)  # the adapter is switched off instead
+    full = items(method="full", distils=True)
+    assert full["backbone"] == pytest.approx(2 * plain["backbone"]) and "frozen teacher" in full
+
+
+def test_distillation_has_memory_of_its_own():
+    found = plan(Recipe(heads=HEADS, distill_batch=16))
+    length = DATA.prompt_tokens + DATA.reply_tokens
+    assert found.distill_memory["KV cache"] == pytest.approx(16 * length * SHAPE.kv_bytes_per_token / 2**30)
+    large = plan(Recipe(heads=HEADS, distill_batch=4096))
+    assert sum(large.distill_memory.values()) <= large.memory_gpu and "batch 4096" not in large.distill_hours.how
 
 
 def test_joint_training_costs_more_and_a_first_stage_less():
