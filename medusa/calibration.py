@@ -9,7 +9,9 @@ Shapes: B replies, T positions, K heads, S guesses a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +19,9 @@ import torch
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
-from medusa.tree import TokenTree
+from medusa.tree import Path, TokenTree
 
+_PRIOR = 20.0
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
 
 
@@ -62,6 +65,38 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
                 if target in item.guesses[i][k]:
                     hits[k][item.guesses[i][k].index(target)] += 1
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
+
+
+def path_values(replies: Iterable[ReplyGuesses], accuracy: Sequence[Sequence[float]]) -> dict[Path, float]:
+    """How often each path of guesses is the reply's own continuation, all of it: what a node of a tree is worth.
+
+    Heads are not independent, so this is not the product of their accuracies. Paths too rare to be measured lean on
+    that product, which counts as `_PRIOR` positions.
+    """
+    counts: Counter[Path] = Counter()
+    positions = 0
+    for item in replies:
+        for i in range(len(item.reply) - len(accuracy)):
+            positions += 1
+            path: Path = ()
+            for k, guesses in enumerate(item.guesses[i]):
+                target = item.reply[i + k + 1]
+                if target not in guesses:
+                    break
+                path = (*path, guesses.index(target))
+                counts[path] += 1
+    return {
+        path: (count + _PRIOR * math.prod(accuracy[k][rank] for k, rank in enumerate(path))) / (positions + _PRIOR)
+        for path, count in counts.items()
+    }
+
+
+def grow_measured(values: Mapping[Path, float], num_nodes: int) -> TokenTree:
+    """The tree of the most valuable paths. A path is never worth more than its parent, so the best are a tree."""
+    if num_nodes < 1:
+        raise ValueError(f"a token tree has at least 1 node, got {num_nodes}")
+    best = sorted(values, key=lambda path: (-values[path], len(path), path))
+    return TokenTree.from_paths(best[: num_nodes - 1])
 
 
 def walk(item: ReplyGuesses, tree: TokenTree) -> list[int]:

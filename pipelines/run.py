@@ -24,9 +24,10 @@ from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
 from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
+from pipelines.quality import QualityConfig, measure_quality
 from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.tracking import Tracker, TrackingConfig
-from pipelines.train import TrainConfig, train
+from pipelines.train import TrainConfig, train, trained_backbone
 
 T = TypeVar("T")
 Step = Literal["prompts", "distill", "train", "calibrate", "evaluate", "register"]
@@ -70,6 +71,7 @@ class PipelineConfig:
     train: TrainConfig
     calibrate: CalibrateConfig
     evaluate: EvaluateConfig
+    quality: QualityConfig = field(default_factory=QualityConfig)
     register: RegisterConfig = field(default_factory=RegisterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -130,6 +132,14 @@ def _with_champion(context: RunContext, config: PipelineConfig) -> DistillConfig
     return replace(config.distill, heads=None if folder is None else str(folder))
 
 
+def _serving(context: RunContext, trained: StepOutput) -> RunContext:
+    """With the backbone that the trained heads run on: the same, or the merged one of a joint training."""
+    backbone = trained_backbone(trained, context.model.backbone)
+    if backbone == context.model.backbone:
+        return context
+    return replace(context, model=replace(context.model, backbone=backbone))
+
+
 def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]) -> StepOutput:
     match step:
         case "prompts":
@@ -142,9 +152,12 @@ def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: 
             return train(context, config.train, outputs["distill"])
         case "calibrate":
             held_back = config.train.validation_fraction
-            return calibrate(context, config.calibrate, outputs["train"], outputs["distill"], held_back)
+            served = _serving(context, outputs["train"])
+            return calibrate(served, config.calibrate, outputs["train"], outputs["distill"], held_back)
         case "evaluate":
             champion = champion_folder(context, config.register, outputs["calibrate"].path / CHECKPOINT)
-            return evaluate(context, config.evaluate, outputs["calibrate"], champion)
+            served = _serving(context, outputs["train"])
+            changed = None if served is context else measure_quality(context, served, config, outputs["distill"])
+            return evaluate(served, config.evaluate, outputs["calibrate"], champion, changed, base=context)
         case "register":
             return register(context, config.register, outputs["calibrate"].path / CHECKPOINT, outputs["evaluate"])

@@ -91,7 +91,9 @@ class LoraAdaptation:
             return forward(self.backbone, batch), self.backbone.lm_head_weight.detach()
 
     def save(self, directory: Path) -> None:
-        self._peft.save_pretrained(directory)
+        self._peft.peft_config["default"].base_model_name_or_path = self.backbone.name  # not a path of this machine
+        self._peft.save_pretrained(directory, save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
 
     def _student_weight(self) -> Tensor:
         """W + scale * B A as one matrix, since the chunked losses multiply by the matrix themselves."""

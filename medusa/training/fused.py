@@ -17,9 +17,7 @@ from medusa.training.batch import IGNORE
 from medusa.training.loss import CrossEntropy
 
 
-def choose_cross_entropy(
-    name: Literal["auto", "chunked", "liger"], backbone: Backbone, chunk_size: int
-) -> CrossEntropy | None:
+def choose_cross_entropy(name: Literal["auto", "chunked", "liger"], backbone: Backbone) -> CrossEntropy | None:
     """liger's cross-entropy, or None for the project's own. ImportError where liger was asked for and is missing."""
     installed = find_spec("liger_kernel") is not None
     if name == "chunked" or (name == "auto" and not (installed and backbone.device.type == "cuda")):

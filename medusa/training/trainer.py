@@ -117,11 +117,13 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self._device = backbone.device
+        self._base_dtype = backbone.dtype
         self._half = backbone.dtype.itemsize == 2
         self._pack_to = config.max_length if config.packing else None
         if config.packing:
             check_packing(backbone)
         self.adaptation: Adaptation | None = None if config.joint is None else adapt(backbone, config)
+        self.fused = choose_cross_entropy(config.cross_entropy, backbone)
         self._loss = wrap(self._objective_module())
         model = None if self.adaptation is None else backbone.model
         self._optimiser = Optimiser(named_groups(heads, model, config), config)
@@ -244,14 +246,18 @@ class Trainer:
         self.load_state_dict(read_state(directory))
 
     @property
+    def served_dtype(self) -> torch.dtype:
+        """What heads and backbone are saved in: the backbone's type as it was loaded."""
+        return self._base_dtype
+
+    @property
     def optimiser(self) -> Optimiser:
         return self._optimiser
 
     def _objective_module(self) -> nn.Module:
-        fused = choose_cross_entropy(self.config.cross_entropy, self.backbone, self.config.chunk_size)
         if self.adaptation is not None:
-            return JointObjective(self.adaptation, self.heads, self.config, fused)
-        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), fused)
+            return JointObjective(self.adaptation, self.heads, self.config, self.fused)
+        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), self.fused)
 
     def _hidden_source(self) -> Callable[[Batch], Tensor]:
         if self.config.hidden_cache_gib > 0:

@@ -7,6 +7,8 @@ from pipelines.plan.shapes import ModelShape
 from pipelines.plan.training import Recipe
 from pipelines.run import PipelineConfig
 
+WEIGHT_BITS = {None: 16, "8bit": 8, "4bit": 4}
+
 
 def heads_of(config: PipelineConfig, shape: ModelShape) -> HeadsConfig:
     return config.train.heads.on(shape.hidden_size, shape.vocab_size)
@@ -16,6 +18,8 @@ def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
     trainer = config.train.trainer
     joint = trainer.joint
     return Recipe(
+        weight_bits=WEIGHT_BITS[config.train.quantization],
+        sharding=config.train.sharding,
         heads=heads_of(config, shape),
         method="heads" if joint is None else joint.method,
         rank=0 if joint is None else joint.rank,

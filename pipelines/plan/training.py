@@ -33,6 +33,7 @@ class Recipe:
     heads: HeadsConfig
     method: Method = "heads"
     weight_bits: int = 16
+    sharding: str = "ddp"
     rank: int = 32
     optimizer: str = "adamw"
     distils: bool = False
@@ -115,9 +116,9 @@ def _plan(machine: Machine, recipe: Recipe, data: Data, items: Mapping[str, floa
     spread = whole > usable and count > 1
     local = sum(items[name] for name in NOT_SPREAD)
     each = local + (whole - local) / count if spread else whole
-    notes = [] if not spread else ["weights, gradients and optimiser are spread over the GPUs (FSDP)"]
-    if recipe.weight_bits < 16 and recipe.method != "heads":
-        notes.append("the paper trains adapters on a quantised backbone in its Vicuna recipes; the teacher is then too")
+    notes = []
+    if spread and recipe.sharding != "fsdp":
+        notes.append("one GPU does not hold it: set train.sharding=fsdp, which spreads weights and optimiser")
     batch = _distill_batch(machine, recipe, data, usable)
     return TrainPlan(
         gpu=machine.gpu_name,

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
-from medusa.checkpoint import BackboneRef, CheckpointMeta, CheckpointMismatchError, read_meta, save_checkpoint
+from medusa.adapter import write_merged
+from medusa.checkpoint import (
+    AdapterRef,
+    BackboneRef,
+    CheckpointMeta,
+    CheckpointMismatchError,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
 from medusa.config import validate
 from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig, MedusaHeads
-from medusa.model import Backbone
+from medusa.model import Backbone, weights_digest
 from pipelines.run import PipelineConfig, run_pipeline
 
 
@@ -55,6 +67,27 @@ def test_ready_heads_are_calibrated_like_trained_ones(tmp_path: Path, tiny_llama
     assert meta.calibration is not None and len(meta.calibration.accuracy) == 2
     again = run_pipeline(config, last="calibrate", console=console)
     assert {step: output.key for step, output in again.items()} == {s: output.key for s, output in outputs.items()}
+
+
+def test_heads_with_an_adapter_run_on_the_merged_model(tmp_path: Path, tiny_llama: Path) -> None:
+    sides = {f"lora_{side}": torch.randn(shape) for side, shape in (("A", (2, 64)), ("B", (64, 2)))}
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    (tmp_path / "adapter").mkdir()
+    tensors = {f"{name}.{side}.weight": tensor for side, tensor in sides.items()}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+    merged = write_merged(tiny_llama, tmp_path / "adapter", tmp_path / "merged")
+    ready = load_checkpoint(ready_heads(tmp_path / "ready", tiny_llama))
+    adapter = AdapterRef(base=ready.meta.backbone, digest=directory_digest(tmp_path / "adapter"))
+    backbone = replace(ready.meta.backbone, weights_digest=merged)
+    meta = replace(ready.meta, backbone=backbone, adapter=adapter)
+    save_checkpoint(tmp_path / "heads", ready.heads, meta, adapter=tmp_path / "adapter")
+
+    config = pipeline(tmp_path, tiny_llama, tmp_path / "heads")
+    outputs = run_pipeline(config, last="calibrate", console=Console(file=StringIO()))
+    assert weights_digest(outputs["train"].path / "backbone") == merged
+    assert read_meta(outputs["calibrate"].path / "checkpoint").backbone.weights_digest == merged
 
 
 def test_other_heads_make_another_step(tmp_path: Path, tiny_llama: Path) -> None:

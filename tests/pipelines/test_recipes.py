@@ -14,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from medusa.checkpoint import read_meta
+from medusa.export.write import export_checkpoint
+from medusa.model import weights_digest
 from medusa.tokenizer import ChatTokenizer
 from pipelines.plan.figures import load_figures
 from pipelines.plan.recipe import recipe_of
@@ -80,8 +82,14 @@ def test_a_recipe_gives_calibrated_heads(name: str, tmp_path: Path, make_backbon
     assert meta.heads.vocabulary == recipe.train.heads.vocabulary
     assert meta.calibration is not None and len(meta.calibration.accuracy) == meta.heads.num_heads
     sizes = [len(tree) + 1 for tree in meta.trees]
+    assert (meta.adapter is not None) == (recipe.train.trainer.joint is not None)
     assert sizes[:2] == [1, 2] and 2 < sizes[2] <= 8  # a rank that is never right gets no node
     assert outputs["distill"].manifest["counts"]["written"] == 12
+    if meta.adapter is not None:  # what was trained can be handed on
+        folder = outputs["calibrate"].path / "checkpoint"
+        merged = export_checkpoint(folder, "transformers", tmp_path / "merged", config.model.backbone)
+        assert weights_digest(merged.path) == meta.backbone.weights_digest
+        assert read_meta(merged.path / "medusa").calibration == meta.calibration
 
 
 def test_large_vocabularies_get_no_matrix_a_head() -> None:
