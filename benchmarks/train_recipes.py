@@ -410,7 +410,7 @@ def measure(backbone: Backbone, heads: DraftHeads, evaluation: list[Reply], kept
 
 def measured_tree(guessed: list[ReplyGuesses], num_heads: int) -> Any:
     accuracy, _ = head_accuracy(guessed, num_heads, WIDTH)
-    return grow_measured(path_values(guessed, accuracy), 64)
+    return grow_measured(path_values(guessed, accuracy, 64), 64)
 
 
 def quality(base: Backbone, model: Backbone, replies: list[Reply]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Medusa on Ray, the core: heads, token trees, and an engine that decodes several tokens a step without loss."""
 
 from medusa.decoding import Typical
-from medusa.engine.engine import Engine, EngineStats
+from medusa.engine.engine import Engine
 from medusa.engine.sequence import Completion, Output, TokenLogprob
 from medusa.engine.speculation import StepTimes
+from medusa.engine.stats import EngineStats
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.sampling import SamplingParams
 from medusa.tree import TokenTree

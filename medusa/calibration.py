@@ -19,7 +19,7 @@ import torch
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
-from medusa.tree import Path, TokenTree
+from medusa.tree import Path, TokenTree, grow
 
 _PRIOR = 20.0
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
@@ -67,13 +67,15 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
-def path_values(replies: Iterable[ReplyGuesses], accuracy: Sequence[Sequence[float]]) -> dict[Path, float]:
+def path_values(
+    replies: Iterable[ReplyGuesses], accuracy: Sequence[Sequence[float]], num_nodes: int
+) -> dict[Path, float]:
     """How often each path of guesses is the reply's own continuation, all of it: what a node of a tree is worth.
 
     Heads are not independent, so this is not the product of their accuracies. Paths too rare to be measured lean on
-    that product, which counts as `_PRIOR` positions.
+    that product, which counts as `_PRIOR` positions; those of the `num_nodes` best by it are valued even if never seen.
     """
-    counts: Counter[Path] = Counter()
+    counts: Counter[Path] = Counter({path: 0 for path in grow(accuracy, num_nodes).paths[1:]})
     positions = 0
     for item in replies:
         for i in range(len(item.reply) - len(accuracy)):

@@ -25,7 +25,7 @@ class Typical:
     """Typical acceptance: a draft with probability above min(epsilon, delta * exp(-entropy)) is kept (lossy).
 
     The token after the accepted drafts is the most likely one (root "greedy", as in the paper) or drawn ("sampled").
-    At temperature 0 the step is greedy matching, as in exact acceptance.
+    At temperature 0, and for requests that ask for it, the step is that of exact acceptance.
     """
 
     epsilon: float = 0.09
@@ -120,6 +120,30 @@ def accept(
     rows = torch.arange(len(last_B), device=last_B.device)
     num_B = tree.depth_BN[rows, last_B] + 1
     return Accepted(_path(tree, last_B), last_B, samples_BN[rows, last_B], num_B)
+
+
+def accept_typical(
+    tree: TreeBatch,
+    tokens_BN: torch.Tensor,
+    logits_BNV: torch.Tensor,
+    distribution_BNV: torch.Tensor,
+    samples_BN: torch.Tensor,
+    exact_B: torch.Tensor,
+    rule: Typical,
+) -> Accepted:
+    """The deepest path of typical drafts, of several the most likely; where `exact_B`, that of drafts as drawn.
+
+    `distribution_BNV` is what sampling draws from (`SamplingBatch.distribution`), `logits_BNV` that before temperature.
+    """
+    exact_B1 = exact_B[:, None]
+    typical_BN = typical(tree, tokens_BN, distribution_BNV, rule)
+    kept_BN = torch.where(exact_B1, match(tree, tokens_BN, samples_BN), typical_BN)
+    bonus_BN = logits_BNV.argmax(-1) if rule.root == "greedy" else samples_BN
+    rows = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
+    logprob_BN = distribution_BNV.log_softmax(-1)[rows, tree.parent_BN, tokens_BN]
+    logprob_BN = torch.where(tree.depth_BN > 0, logprob_BN, 0.0).nan_to_num(neginf=-1e4)
+    path_logprob_BN = (tree.ancestors_BNN * logprob_BN[:, None]).sum(-1)
+    return accept(tree, kept_BN, torch.where(exact_B1, samples_BN, bonus_BN), path_logprob_BN)
 
 
 def _path(tree: TreeBatch, last_B: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,8 @@ class SamplingParams:
     `temperature` 0 is greedy. `top_k` 0 keeps all tokens. `stop` strings and `stop_token_ids` end a reply, as the
     model's EOS does unless `ignore_eos`. `n` replies are drawn a prompt. `logprobs` asks for that many alternatives a
     token (of the model's own distribution, before temperature and penalties). Without a `seed` one is drawn and
-    returned with the reply. Raises ValueError for values out of range.
+    returned with the reply. `acceptance` "exact" asks for the model's own law from an engine whose rule is another.
+    Raises ValueError for values out of range.
     """
 
     max_tokens: int = 128
@@ -43,6 +45,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     n: int = 1
+    acceptance: Literal["exact"] | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -63,6 +66,9 @@ class SamplingParams:
         )
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or more")
         _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(
+            self.acceptance in ("exact", None), "acceptance", self.acceptance, "'exact', or None for the engine's own"
+        )
 
     @property
     def has_penalties(self) -> bool:
@@ -76,7 +82,8 @@ def _require(holds: bool, name: str, value: object, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """The sampling parameters of B sequences as tensors on the device."""
+    """The sampling parameters of B sequences as tensors on the device. `exact` rows decode as drawn, whatever the
+    engine's rule: greedy ones and those that ask for it."""
 
     temperature: torch.Tensor
     top_p: torch.Tensor
@@ -84,6 +91,8 @@ class SamplingBatch:
     min_p: torch.Tensor
     seed: torch.Tensor
     choice: torch.Tensor
+    exact: torch.Tensor
+    all_exact: bool
     all_greedy: bool
     any_restricted: bool
 
@@ -91,16 +100,19 @@ class SamplingBatch:
     def stack(
         cls, params: Sequence[SamplingParams], seeds: Sequence[int], choices: Sequence[int], device: torch.device
     ) -> SamplingBatch:
-        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+        def column(values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        exact = [p.temperature == 0 or p.acceptance == "exact" for p in params]
         return cls(
             temperature=column([p.temperature for p in params], torch.float32),
             top_p=column([p.top_p for p in params], torch.float32),
             top_k=column([p.top_k for p in params], torch.int64),
             min_p=column([p.min_p for p in params], torch.float32),
-            seed=column(list(seeds), torch.int64),
-            choice=column(list(choices), torch.int64),
+            seed=column(seeds, torch.int64),
+            choice=column(choices, torch.int64),
+            exact=column(exact, torch.bool),
+            all_exact=all(exact),
             all_greedy=all(p.temperature == 0 for p in params),
             any_restricted=any(p.top_p < 1 or p.top_k or p.min_p for p in params),
         )
@@ -213,6 +225,16 @@ def penalise(
     scaled = torch.where(logits_NV > 0, logits_NV / params.repetition_penalty, logits_NV * params.repetition_penalty)
     logits_NV = torch.where(seen, scaled, logits_NV)
     return logits_NV - params.frequency_penalty * counts_NV - params.presence_penalty * (counts_NV > 0)
+
+
+def forbid_end(
+    logits_NV: torch.Tensor, stop_ids: Sequence[int], num_tokens: int, min_tokens: int, depth_N: torch.Tensor
+) -> torch.Tensor:
+    """Logits of one sequence's nodes with `stop_ids` at -inf where the token drawn would be too early to end a reply:
+    a node at depth d draws the one after `num_tokens` + d others."""
+    early_N1 = (num_tokens + depth_N < min_tokens)[:, None]
+    ids = torch.tensor(stop_ids, dtype=torch.int64, device=logits_NV.device)
+    return logits_NV.index_copy(1, ids, logits_NV[:, ids].masked_fill(early_N1, float("-inf")))
 
 
 def _count(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -3,8 +3,9 @@
 <step dir>/checkpoint/        the trained heads with their calibration and ladder of trees in medusa.json
 <step dir>/calibration.json   accuracy by head and rank, a row for each tree of the ladder, the step times, the choice
 
-Heads are measured on the rows of the distilled table that training kept back, teacher-forced; tokens a step come from
-walking those replies with each tree (medusa/calibration.py), and the product of accuracies is reported beside them.
+Heads are measured on the rows of the distilled table that training kept back, teacher-forced. A tree holds the paths
+that those replies took most often; tokens a step come from walking them with each tree (medusa/calibration.py), and the
+product of accuracies is reported beside them.
 """
 
 from __future__ import annotations
@@ -19,20 +20,28 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from medusa import Engine, StepTimes, TokenTree
-from medusa.calibration import Row, guess_replies, head_accuracy, tokens_per_step
+from medusa.calibration import (
+    ReplyGuesses,
+    Row,
+    grow_measured,
+    guess_replies,
+    head_accuracy,
+    path_values,
+    tokens_per_step,
+)
 from medusa.checkpoint import Calibration, Checkpoint, load_checkpoint, update_meta
 from medusa.config import strict, to_dict
 from medusa.engine.speculation import Policy
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
-from medusa.tree import expected_tokens, ladder
+from medusa.tree import expected_tokens
 from pipelines.artifact import StepOutput, open_step
 from pipelines.split import is_held_back
 
 if TYPE_CHECKING:
     from pipelines.run import RunContext
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 CHECKPOINT = "checkpoint"
 CALIBRATION = "calibration.json"
 
@@ -90,7 +99,7 @@ def calibrate(
                 f"none of the {len(rows)} rows kept back has a reply longer than the {checkpoint.config.num_heads} "
                 "heads reach; distil more or longer replies"
             )
-        trees = ladder(accuracy, [1, *config.sizes])
+        trees = ladder_on(replies, accuracy, config.sizes)
         measured = [tokens_per_step(replies, tree) for tree in trees]
         destination = _calibrated_copy(trained.path / CHECKPOINT, step.path / CHECKPOINT)
         update_meta(
@@ -103,6 +112,15 @@ def calibrate(
         (step.path / CALIBRATION).write_text(json.dumps(result, indent=2) + "\n")
         log.log_metrics(_metrics(result))
         return step.commit({"counts": {"rows": len(rows), "positions": positions}})
+
+
+def ladder_on(
+    replies: Sequence[ReplyGuesses], accuracy: Sequence[Sequence[float]], sizes: Sequence[int]
+) -> list[TokenTree]:
+    """Trees of the paths that these replies took most often, ascending, the one-node tree first; sizes that come out
+    equal, since no further path is worth anything, appear once."""
+    values = path_values(replies, accuracy, max(sizes))
+    return sorted({grow_measured(values, size) for size in [1, *sizes]}, key=lambda tree: tree.num_nodes)
 
 
 def choose_tree(

@@ -6,22 +6,26 @@ import itertools
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from operator import index
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from medusa.adapter import load_with_adapter
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
+from medusa.engine.loop import StepLoop
 from medusa.engine.profile import CONTEXT, Profiler
 from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
 from medusa.engine.speculation import Choose, Policy, StepTimes, always, ladder_of
+from medusa.engine.stats import Counters, EngineStats
+from medusa.engine.step import StepRunner
+from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -31,26 +35,13 @@ Prompt = str | Items[int]
 Speculation = Literal["auto", "off"] | int
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine holds now and has done since it started. `tree_size` is the last step's."""
-
-    running: int
-    waiting: int
-    steps: int
-    prefill_tokens: int
-    decode_tokens: int
-    pages_used: int
-    pages_total: int
-    tree_size: int
-
-
 class Engine:
     """Decodes prompts with a backbone and, where given, Medusa heads. Synchronous, for one thread.
 
     `speculation`: "auto" (the measured policy over the checkpoint's trees), "off", or a tree size of the ladder.
     `acceptance`: "exact" (lossless at any temperature) or a `Typical` rule (lossy above temperature 0).
-    `kv_cache_gb` bounds the cache; by default every row of the batch can reach `max_model_len`.
+    `kv_cache_gb` sizes the cache; by default every row of the batch can reach `max_model_len`, on a GPU as far as its
+    free memory goes. `max_prefill_tokens` bounds the prompt tokens computed in one step, while other replies wait.
     `step_times`: a stored profile of this machine; without one, "auto" measures at the start.
     """
 
@@ -62,6 +53,7 @@ class Engine:
         *,
         max_batch_size: int = 16,
         max_model_len: int | None = None,
+        max_prefill_tokens: int | None = None,
         kv_cache_gb: float | None = None,
         speculation: Speculation = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
@@ -81,6 +73,7 @@ class Engine:
             self.trees,
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
             kv_cache_gb=kv_cache_gb,
         )
         for tree in self.trees:
@@ -92,23 +85,22 @@ class Engine:
             kv_shape=backbone.kv_shape,
             num_pages=self._limits.num_pages,
             max_batch_size=max_batch_size,
-            max_pages=self._limits.pages_needed(self.max_model_len),
+            max_pages=self._limits.table_width,
             dtype=backbone.dtype,
             device=backbone.device,
+            salt=f"{backbone.name} {backbone.dtype}",
         )
-        self._scheduler = Scheduler(self._cache, max_batch_size, self._limits.max_nodes)
-        self._runner = Runner(
-            backbone,
-            checkpoint,
+        self._scheduler = Scheduler(
             self._cache,
             max_batch_size=max_batch_size,
-            guess_width=self._limits.guess_width,
-            acceptance=None if acceptance == "exact" else acceptance,
+            max_nodes=self._limits.max_nodes,
+            max_prefill_tokens=self._limits.max_prefill_tokens,
         )
-        self._profiler = Profiler(self._runner, self._scheduler, self._limits, tokenizer)
+        self._runner = self._runner_of(None if acceptance == "exact" else acceptance)
+        self._counters = Counters()
+        self._loop = StepLoop(self._runner, self._scheduler, self._counters)
+        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
         self._ids = itertools.count()
-        self._steps = self._prefill_tokens = self._decode_tokens = 0
-        self._last_tree = TokenTree.root()
         self._choose = self._chooser(speculation, step_times)
 
     @classmethod
@@ -121,23 +113,29 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_batch_size: int = 16,
         max_model_len: int | None = None,
+        max_prefill_tokens: int | None = None,
         kv_cache_gb: float | None = None,
         speculation: Speculation = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> Engine:
-        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding.
+        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
+        the checkpoint has an adapter, `backbone` is its base or the two merged.
 
         Raises UnsupportedModelError, CheckpointError, CheckpointMismatchError, or ValueError for a bad argument.
         """
-        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype)
-        checkpoint = load_checkpoint(Path(heads), model) if heads is not None else None
+        if heads is None:
+            model, checkpoint = Backbone.from_pretrained(backbone, device=device, dtype=dtype), None
+        else:
+            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype)
+            checkpoint = load_checkpoint(Path(heads), model)
         return cls(
             model,
             ChatTokenizer.from_pretrained(backbone),
             checkpoint,
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
+            max_prefill_tokens=max_prefill_tokens,
             kv_cache_gb=kv_cache_gb,
             speculation=speculation,
             acceptance=acceptance,
@@ -175,7 +173,7 @@ class Engine:
                     if on_finish:
                         on_finish(i, completion)
         finally:
-            self._scheduler.clear()
+            self._loop.clear()
         return [done[key] for key in sorted(done)]
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
@@ -202,11 +200,8 @@ class Engine:
         return request_id
 
     def step(self) -> list[Output]:
-        """Prefills what can join, decodes one step of all that run, and returns what each reply gained."""
-        admitted = self._scheduler.admit()
-        outputs = self._prefill(admitted) + self._decode(self._scheduler.unfinished)
-        self._scheduler.retire()
-        return outputs
+        """Prefills chunks of what can join, decodes one step of all that run, and returns what each reply gained."""
+        return self._loop.step(self._trees_of)
 
     def abort(self, request_id: str) -> list[Output]:
         """Ends a request wherever it is and frees its row and pages; unknown ids are ignored (it may have ended)."""
@@ -216,16 +211,7 @@ class Engine:
         return bool(self._scheduler.running or self._scheduler.waiting)
 
     def stats(self) -> EngineStats:
-        return EngineStats(
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
-            steps=self._steps,
-            prefill_tokens=self._prefill_tokens,
-            decode_tokens=self._decode_tokens,
-            pages_used=self._cache.pages_used,
-            pages_total=self._cache.num_pages,
-            tree_size=self._last_tree.num_nodes,
-        )
+        return self._counters.stats(self._scheduler, self._cache)
 
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
@@ -248,24 +234,35 @@ class Engine:
             self._limits.check_tree(tree)
         return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
 
-    def _prefill(self, sequences: list[Sequence]) -> list[Output]:
-        if not sequences:
-            return []
-        tree = self._choose(len(self._scheduler.running))
-        steps = self._runner.prefill(sequences, num_heads=tree.max_depth)
-        self._prefill_tokens += sum(len(s.prompt_ids) for s in sequences)
-        return [s.append(t.token_ids, t.logprobs, decoded=False) for s, t in zip(sequences, steps, strict=True)]
+    def _runner_of(self, acceptance: Typical | None) -> StepRunner:
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
+        limits = self._limits
+        parallel = self.checkpoint is None or isinstance(self.checkpoint.heads, MedusaHeads)
+        if self.backbone.device.type != "cuda" or not parallel:
+            return Runner(
+                self.backbone,
+                self.checkpoint,
+                self._cache,
+                max_batch_size=limits.max_batch_size,
+                guess_width=limits.guess_width,
+                acceptance=acceptance,
+            )
+        from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
 
-    def _decode(self, sequences: list[Sequence]) -> list[Output]:
-        if not sequences:
-            return []
-        tree = self._choose(len(sequences))
-        steps = self._runner.decode(sequences, [tree] * len(sequences), num_heads=tree.max_depth)
-        outputs = [s.append(t.token_ids, t.logprobs) for s, t in zip(sequences, steps, strict=True)]
-        self._steps += 1
-        self._decode_tokens += sum(len(output.token_ids) for output in outputs)
-        self._last_tree = tree
-        return outputs
+        return GraphRunner(
+            self.backbone,
+            self.checkpoint,
+            self._cache,
+            max_batch_size=limits.max_batch_size,
+            max_tree_nodes=limits.max_nodes,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
+            guess_width=limits.guess_width,
+            acceptance=acceptance,
+        )
+
+    def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
+        return [self._choose(len(sequences))] * len(sequences)
 
     def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Choose:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):

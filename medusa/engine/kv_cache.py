@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
+from medusa.engine.page_pool import TRASH_PAGE, PagePool
+from medusa.engine.staging import staged
+
 PAGE_SIZE = 64
-TRASH_PAGE = 0
 
 
 class KVCache:
     """Keys and values of all layers in pages, [layers, 2, pages, page size, key-value heads, head size].
 
-    Page 0 is the trash page: padding is written there and never read. Host lists own the free pages; the tables that a
-    step reads are on the device.
+    Page 0 is the trash page: padding is written there and never read. The pool keeps the books on the host; the tables
+    that a step reads, one a row of the batch and one of trash pages for padding, are on the device.
     """
 
     def __init__(
@@ -25,32 +29,57 @@ class KVCache:
         max_pages: int,
         dtype: torch.dtype,
         device: torch.device,
+        salt: str = "",
     ) -> None:
         self.data = torch.zeros(num_layers, 2, num_pages + 1, PAGE_SIZE, *kv_shape, dtype=dtype, device=device)
-        self.tables = torch.full((max_batch_size, max_pages), TRASH_PAGE, dtype=torch.int64, device=device)
-        self.num_pages = num_pages
-        self._free = list(range(num_pages, 0, -1))
-        self._owned: dict[int, list[int]] = {}
+        self.tables = torch.full((max_batch_size + 1, max_pages), TRASH_PAGE, dtype=torch.int32, device=device)
+        self.pool = PagePool(num_pages, salt)
+        self._owned: list[list[int]] = [[] for _ in range(max_batch_size)]
+        self._known = [0] * max_batch_size
 
-    @property
-    def pages_used(self) -> int:
-        return self.num_pages - len(self._free)
+    def num_owned(self, row: int) -> int:
+        """Pages in the row's table."""
+        return len(self._owned[row])
 
-    def allocate(self, row: int, num_tokens: int) -> bool:
-        """Gives the batch row pages for `num_tokens` positions; False, with nothing changed, when too few are free."""
-        needed = pages_for(num_tokens)
-        if needed > len(self._free):
+    def num_known(self, row: int) -> int:
+        """Leading pages of the row whose text the pool knows."""
+        return self._known[row]
+
+    def grow(self, row: int, num_tokens: int) -> bool:
+        """Gives the row what it lacks of pages for `num_tokens` positions; False, with nothing changed, when too few
+        are left."""
+        missing = pages_for(num_tokens) - len(self._owned[row])
+        pages = self.pool.take(max(missing, 0))
+        if pages is None:
             return False
-        pages = [self._free.pop() for _ in range(needed)]
-        self._owned[row] = pages
-        self.tables[row] = TRASH_PAGE
-        self.tables[row, :needed] = torch.tensor(pages, device=self.tables.device)
+        self._extend(row, pages)
         return True
+
+    def share(self, row: int, digests: Iterable[bytes]) -> int:
+        """Puts pages of known text behind the row's own, as many leading digests as are known; returns how many."""
+        pages = self.pool.share(digests)
+        self._extend(row, pages)
+        self._known[row] += len(pages)
+        return len(pages)
+
+    def register(self, row: int, digests: list[bytes]) -> None:
+        """Says what text the row's first pages hold, one digest a full page."""
+        for i in range(self._known[row], len(digests)):
+            self.pool.register(self._owned[row][i], digests[i])
+        self._known[row] = len(digests)
 
     def free(self, row: int) -> None:
         """Takes the row's pages back."""
-        self._free.extend(reversed(self._owned.pop(row)))
+        self.pool.release(self._owned[row])
+        self._owned[row], self._known[row] = [], 0
         self.tables[row] = TRASH_PAGE
+
+    def _extend(self, row: int, pages: list[int]) -> None:
+        if pages:
+            owned = self._owned[row]
+            end = len(owned) + len(pages)
+            self.tables[row, len(owned) : end] = staged(pages, torch.int32, self.tables.device)
+            owned += pages
 
     def compact(self, rows_B: torch.Tensor, length_B: torch.Tensor, path_BD: torch.Tensor) -> None:
         """Moves the accepted nodes' keys and values next to the committed ones, in order, in all layers.
@@ -67,7 +96,7 @@ class KVCache:
     def _locate(
         self, rows_B: torch.Tensor, position_BD: torch.Tensor, wanted_BD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        pages_BD = self.tables[rows_B].gather(1, position_BD // PAGE_SIZE)
+        pages_BD = self.tables[rows_B].long().gather(1, position_BD // PAGE_SIZE)
         return torch.where(wanted_BD, pages_BD, TRASH_PAGE), position_BD % PAGE_SIZE
 
 

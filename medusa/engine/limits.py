@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+import torch
+
 from medusa.checkpoint import Checkpoint
 from medusa.engine.kv_cache import PAGE_SIZE, pages_for
 from medusa.model import Backbone
@@ -13,6 +15,8 @@ from medusa.tree import TokenTree
 
 MAX_NODES = 64  # the largest tree a step is sized for, unless the checkpoint has a larger one
 GUESS_WIDTH = 10  # guesses a head, unless a tree needs more (Medusa's TOPK)
+MAX_PREFILL_TOKENS = {"cuda": 512, "cpu": 256}  # a step: what the next tokens of the others wait for
+FREE_MEMORY_SHARE = 0.85  # of what a GPU has free when the cache is made; the rest is for a step's own tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Limits:
     max_batch_size: int
     max_model_len: int
     max_nodes: int
+    max_prefill_tokens: int
     num_pages: int
     num_heads: int
     guess_width: int
@@ -36,6 +41,7 @@ class Limits:
         *,
         max_batch_size: int,
         max_model_len: int | None,
+        max_prefill_tokens: int | None,
         kv_cache_gb: float | None,
     ) -> Limits:
         """Raises ValueError for sizes that are out of range, or a cache too small for any sequence."""
@@ -45,22 +51,18 @@ class Limits:
             raise ValueError(
                 f"max_model_len must be 2 to the model's {backbone.max_positions} positions, got {max_model_len}"
             )
+        if max_prefill_tokens is not None and max_prefill_tokens < 1:
+            raise ValueError(f"max_prefill_tokens must be at least 1, got {max_prefill_tokens}")
         max_model_len = max_model_len or backbone.max_positions
         max_nodes = max([MAX_NODES, *(tree.num_nodes for tree in trees)])
-        num_pages = max_batch_size * pages_for(max_model_len + max_nodes)
-        if kv_cache_gb is not None:
-            num_pages = min(num_pages, _pages_in(kv_cache_gb, backbone))
-            if num_pages < pages_for(2 + max_nodes):
-                raise ValueError(
-                    f"kv_cache_gb={kv_cache_gb} holds {num_pages} pages of {PAGE_SIZE} tokens, but one sequence needs "
-                    f"{pages_for(2 + max_nodes)} at least; give more"
-                )
+        most_pages = max_batch_size * pages_for(max_model_len + max_nodes)
         widest = max([GUESS_WIDTH - 1, *(tree.max_rank for tree in trees)]) + 1
         return cls(
             max_batch_size=max_batch_size,
             max_model_len=max_model_len,
             max_nodes=max_nodes,
-            num_pages=num_pages,
+            max_prefill_tokens=max_prefill_tokens or MAX_PREFILL_TOKENS[backbone.device.type],
+            num_pages=_num_pages(backbone, most_pages, pages_for(2 + max_nodes), kv_cache_gb),
             num_heads=checkpoint.config.num_heads if checkpoint else 0,
             guess_width=min(widest, checkpoint.config.head_vocab_size) if checkpoint else 1,
             vocab_size=backbone.vocab_size,
@@ -73,6 +75,11 @@ class Limits:
     def pages_needed(self, num_tokens: int) -> int:
         """Pages of a sequence that commits so many tokens: a step writes its tree behind them."""
         return pages_for(num_tokens + self.max_nodes)
+
+    @property
+    def table_width(self) -> int:
+        """Pages of the longest sequence, with a step in flight before the last one."""
+        return self.pages_needed(self.max_model_len + self.num_heads + 1)
 
     def check_request(self, prompt_ids: Items[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that could never run."""
@@ -111,7 +118,25 @@ class Limits:
             raise ValueError(f"the tree has {tree.num_nodes} nodes, but this engine is sized for {self.max_nodes}")
 
 
-def _pages_in(gigabytes: float, backbone: Backbone) -> int:
+def _num_pages(backbone: Backbone, most_pages: int, least_pages: int, kv_cache_gb: float | None) -> int:
+    """Pages of the cache: as asked, or what rows of the longest sequences fill; on a GPU as much again, as far as it
+    has memory free, for text to be found in later."""
+    if kv_cache_gb is not None:
+        source, num_bytes = f"kv_cache_gb={kv_cache_gb}", kv_cache_gb * 2**30
+    elif backbone.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(backbone.device)
+        source = f"{FREE_MEMORY_SHARE:.0%} of the GPU's {free_bytes / 2**30:.2f} GiB of free memory"
+        num_bytes = FREE_MEMORY_SHARE * free_bytes
+    else:
+        return most_pages
     heads, head_size = backbone.kv_shape
-    page_bytes = 2 * backbone.num_layers * PAGE_SIZE * heads * head_size * backbone.lm_head_weight.itemsize
-    return int(gigabytes * 2**30 / page_bytes) - 1  # one is the trash page
+    page_bytes = 2 * backbone.num_layers * PAGE_SIZE * heads * head_size * backbone.dtype.itemsize
+    num_pages = int(num_bytes / page_bytes) - 1  # one is the trash page
+    if num_pages < least_pages:
+        raise ValueError(
+            f"{source} holds {num_pages} pages of {PAGE_SIZE} tokens, but one sequence needs {least_pages} at least; "
+            f"give more\nmemory: {page_bytes} bytes a page (keys and values of {backbone.num_layers} layers, {heads} "
+            f"heads of {head_size}, {backbone.dtype}), {(least_pages + 1) * page_bytes / 2**30:.6f} GiB at least, "
+            f"{(most_pages + 1) * page_bytes / 2**30:.6f} GiB for a full batch of the longest sequences"
+        )
+    return num_pages if kv_cache_gb is not None else min(num_pages, 2 * most_pages)

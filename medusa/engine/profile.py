@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence as Items
 
+from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
-from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Sequence
 from medusa.engine.speculation import StepTimes
+from medusa.engine.step import PrefillChunk, StepRunner
 from medusa.sampling import SamplingParams
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
@@ -20,8 +21,11 @@ CONTEXT = 128
 class Profiler:
     """Times decode steps of an idle engine on sequences of its own, which leave nothing behind."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, limits: Limits, tokenizer: ChatTokenizer) -> None:
+    def __init__(
+        self, runner: StepRunner, scheduler: Scheduler, cache: KVCache, limits: Limits, tokenizer: ChatTokenizer
+    ) -> None:
         self._runner = runner
+        self._cache = cache
         self._scheduler = scheduler
         self._limits = limits
         self._tokenizer = tokenizer
@@ -62,14 +66,23 @@ class Profiler:
                 Sequence(f"profile-{index}", 0, prompt_ids, params, seed=0, tokenizer=self._tokenizer, max_new_tokens=1)
             )
         sequences = self._scheduler.admit()
-        if len(sequences) < batch_size:
+        if len(sequences) < batch_size or not all(self._fill(sequence) for sequence in sequences):
             self._stop([*sequences, *self._scheduler.waiting])
             raise ValueError(
                 f"step times at batch size {batch_size} with {context} tokens each do not fit this engine: "
                 f"{self._limits.max_batch_size} rows, {self._limits.num_pages} pages; give smaller ones"
             )
-        self._runner.prefill(sequences, num_heads=self._limits.num_heads)
         return sequences
+
+    def _fill(self, sequence: Sequence) -> bool:
+        """Prefills a sequence by itself, with pages for the largest tree behind it; False when there are too few."""
+        if not self._cache.grow(sequence.row, sequence.num_to_fill + self._limits.max_nodes):
+            return False
+        while not sequence.is_filled:
+            chunk = PrefillChunk.after(sequence, self._limits.max_prefill_tokens)
+            self._runner.prefill([chunk], num_heads=self._limits.num_heads).collect()
+            sequence.num_cached = chunk.end
+        return True
 
     def _stop(self, sequences: Items[Sequence]) -> None:
         for sequence in sequences:
@@ -78,5 +91,5 @@ class Profiler:
     def _step(self, sequences: list[Sequence], tree: TokenTree, context: int) -> float:
         self._runner.rewind(sequences, context)
         start = time.perf_counter()
-        self._runner.decode(sequences, [tree] * len(sequences), num_heads=tree.max_depth)
+        self._runner.decode(sequences, [tree] * len(sequences), num_heads=tree.max_depth).collect()
         return time.perf_counter() - start

@@ -1,4 +1,5 @@
-"""Runs the model: prefill of new sequences, and decode steps over trees. The only place where tensors and host meet.
+"""The reference runner, in plain torch: prefill of chunks and decode steps over trees, done when launched (`step.py`).
+Here tensors and host meet. It runs on any device; what a faster runner does must equal it.
 
 Device state has one row a running sequence: its committed length, its last token (the next tree's root), how many
 heads guessed for it, and what the drafter (medusa/drafter.py) remembers.
@@ -14,25 +15,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa.checkpoint import Checkpoint
-from medusa.decoding import Accepted, TreeBatch, Typical, accept, match, typical
+from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match
 from medusa.drafter import Drafter, make_drafter
-from medusa.engine.kv_cache import KVCache
-from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.kv_cache import PAGE_SIZE, KVCache
+from medusa.engine.logprobs import token_logprobs
+from medusa.engine.sequence import Sequence
+from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
-from medusa.sampling import SamplingBatch, penalise
+from medusa.sampling import SamplingBatch, forbid_end, penalise
 from medusa.tree import TokenTree
 
-MAX_PREFILL_TOKENS = 2048  # padded tokens of one prefill forward, to bound its memory
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a forward gave one sequence, in order; log-probabilities only when its request asks for them."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
+MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +35,7 @@ class _Batch:
     """What stays the same on the device while the same sequences step with the same trees."""
 
     sequences: list[Sequence]
+    rows: list[int]
     trees: list[TokenTree]
     rows_B: torch.Tensor
     tree: TreeBatch
@@ -74,19 +70,22 @@ class Runner:
         if checkpoint is not None:
             pack(checkpoint.heads)
 
-    @torch.inference_mode()
-    def prefill(self, sequences: Items[Sequence], *, num_heads: int) -> list[StepTokens]:
-        """Computes the prompts' keys and values, each reply's first token, and guesses of the first `num_heads`."""
-        tokens: dict[int, StepTokens] = {}
-        for group in _prefill_groups(sequences):
-            for sequence, step_tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
-                tokens[id(sequence)] = step_tokens
-        return [tokens[id(sequence)] for sequence in sequences]
+    @property
+    def lag(self) -> int:
+        return 0
 
     @torch.inference_mode()
-    def decode(self, sequences: list[Sequence], trees: list[TokenTree], *, num_heads: int) -> list[StepTokens]:
-        """One step: propose, verify in one forward, accept, commit. `num_heads` heads guess for the next step; nodes
-        deeper than the heads that guessed for this one take no part."""
+    def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Done:
+        """As StepRunner.prefill; a chunk is a chain of tokens over what is in the sequence's pages already."""
+        steps: dict[Sequence, StepTokens] = {}
+        for group in _prefill_groups(chunks, self._cache.tables.shape[1] * PAGE_SIZE):
+            for chunk, tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
+                steps[chunk.sequence] = tokens if chunk.gives_token else StepTokens([], [])
+        return Done([steps[chunk.sequence] for chunk in chunks])
+
+    @torch.inference_mode()
+    def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, num_heads: int) -> Done:
+        """As StepRunner.decode."""
         batch = self._on_device(sequences, trees)
         rows_B = batch.rows_B
         length_B = self._length[rows_B]
@@ -100,50 +99,63 @@ class Runner:
             self._cache.compact(rows_B, length_B, accepted.path_BD)
         last_hidden_Bd = hidden_BNd[torch.arange(len(rows_B), device=rows_B.device), accepted.last_B]
         self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, num_heads)
-        return _to_host(sequences, tokens_BN, accepted, logits_BNV)
+        return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
-    def rewind(self, sequences: list[Sequence], length: int) -> None:
-        """Forgets what was committed after `length` positions; for timing the same step again. Rows then count as
-        having guesses of all heads, whatever they are."""
+    def rewind(self, sequences: Items[Sequence], length: int) -> None:
+        """As StepRunner.rewind."""
         rows_B = self._rows(sequences)
         self._length[rows_B] = length
         self._num_guessed[rows_B] = self._drafter.num_heads if self._drafter is not None else 0
 
-    def _on_device(self, sequences: list[Sequence], trees: list[TokenTree]) -> _Batch:
-        if self._batch is None or self._batch.sequences != sequences or self._batch.trees != trees:
-            device = self._backbone.device
-            self._batch = _Batch(
-                sequences=list(sequences),
-                trees=list(trees),
-                rows_B=self._rows(sequences),
-                tree=TreeBatch.stack(trees, device),
-                sampling=SamplingBatch.stack(
-                    [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], device
-                ),
-            )
+    def _on_device(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> _Batch:
+        rows = [sequence.row for sequence in sequences]
+        known = self._batch
+        if known is None or (known.sequences, known.rows, known.trees) != (list(sequences), rows, list(trees)):
+            self._batch = self._to_device(sequences, trees)
+        assert self._batch is not None
         return self._batch
 
-    def _prefill_group(self, sequences: list[Sequence], num_heads: int) -> list[StepTokens]:
-        """A prompt is a chain: every token's parent is the one before, and it has a depth of its own."""
+    def _to_device(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> _Batch:
         device = self._backbone.device
-        batch = self._on_device(sequences, [TokenTree.root()] * len(sequences))
-        prompt_length_B = torch.tensor([len(s.prompt_ids) for s in sequences], device=device)
-        longest = int(prompt_length_B.max())
-        tokens_BN = torch.tensor([s.prompt_ids + [0] * (longest - len(s.prompt_ids)) for s in sequences], device=device)
+        return _Batch(
+            sequences=list(sequences),
+            rows=[sequence.row for sequence in sequences],
+            trees=list(trees),
+            rows_B=self._rows(sequences),
+            tree=TreeBatch.stack(trees, device),
+            sampling=SamplingBatch.stack(
+                [s.params for s in sequences], [s.seed for s in sequences], [s.index for s in sequences], device
+            ),
+        )
+
+    def _prefill_group(self, chunks: list[PrefillChunk], num_heads: int) -> list[StepTokens]:
+        """A chunk is a chain: every token's parent is the one before, and it has a depth of its own."""
+        device = self._backbone.device
+        sequences = [chunk.sequence for chunk in chunks]
+        batch = self._to_device(sequences, [TokenTree.root()] * len(chunks))
+        start_B = torch.tensor([chunk.start for chunk in chunks], device=device)
+        size_B = torch.tensor([len(chunk.token_ids) for chunk in chunks], device=device)
+        longest = int(size_B.max())
+        padded = [chunk.token_ids + [0] * (longest - len(chunk.token_ids)) for chunk in chunks]
+        tokens_BN = torch.tensor(padded, device=device)
         chain_N = torch.arange(longest, device=device)
         chain = TreeBatch(
             parent_BN=(chain_N - 1).clamp(min=0).expand_as(tokens_BN),
             depth_BN=chain_N.expand_as(tokens_BN),
             rank_BN=torch.zeros_like(tokens_BN),
-            valid_BN=chain_N < prompt_length_B[:, None],
-            ancestors_BNN=(chain_N[:, None] >= chain_N).expand(len(sequences), -1, -1),
+            valid_BN=chain_N < size_B[:, None],
+            ancestors_BNN=(chain_N[:, None] >= chain_N).expand(len(chunks), -1, -1),
             max_depth=longest - 1,
         )
-        hidden_BNd = self._forward(batch.rows_B, torch.zeros_like(prompt_length_B), chain, tokens_BN)
-        last_hidden_Bd = hidden_BNd[torch.arange(len(sequences), device=device), prompt_length_B - 1]
+        hidden_BNd = self._forward(batch.rows_B, start_B, chain, tokens_BN)
+        last_hidden_Bd = hidden_BNd[torch.arange(len(chunks), device=device), size_B - 1]
+        end_B = start_B + size_B
         logits_B1V = self._backbone.logits(last_hidden_Bd)[:, None]
-        accepted = self._accept(batch, batch.tree, tokens_BN[:, :1], logits_B1V, prompt_length_B)
-        self._commit(batch.rows_B, prompt_length_B, accepted.bonus_B, last_hidden_Bd, num_heads)
+        accepted = self._accept(batch, batch.tree, tokens_BN[:, :1], logits_B1V, end_B)
+        told_B = torch.tensor([-1 if c.next_token is None else c.next_token for c in chunks], device=device)
+        root_B = torch.where(told_B >= 0, told_B, accepted.bonus_B)
+        needs_heads = any(chunk.is_last for chunk in chunks)
+        self._commit(batch.rows_B, end_B, root_B, last_hidden_Bd, num_heads if needs_heads else 0)
         return _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
 
     def _forward(
@@ -151,7 +163,7 @@ class Runner:
     ) -> torch.Tensor:
         paged = PagedTree(
             cache=self._cache.data,
-            tables_BP=self._cache.tables[rows_B],
+            tables_BP=self._cache.tables[rows_B].long(),
             length_B=length_B,
             depth_BN=tree.depth_BN,
             valid_BN=tree.valid_BN,
@@ -170,9 +182,12 @@ class Runner:
         """`position_B` is the absolute position of the token that follows each root."""
         logits_BNV = _processed(batch.sequences, tree, tokens_BN, logits_BNV)
         samples_BN = batch.sampling.sample(logits_BNV, position_B, tree.depth_BN)
-        if self._acceptance is None or batch.sampling.all_greedy:
+        if self._acceptance is None or batch.sampling.all_exact:
             return accept(tree, match(tree, tokens_BN, samples_BN), samples_BN)
-        return _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch.sampling, self._acceptance)
+        distribution_BNV = batch.sampling.distribution(logits_BNV)
+        return accept_typical(
+            tree, tokens_BN, logits_BNV, distribution_BNV, samples_BN, batch.sampling.exact, self._acceptance
+        )
 
     def _commit(
         self,
@@ -192,18 +207,22 @@ class Runner:
         root_B = self._root[rows_B]
         return root_B[:, None] if self._drafter is None else self._drafter.propose(tree, rows_B, root_B)
 
-    def _rows(self, sequences: list[Sequence]) -> torch.Tensor:
+    def _rows(self, sequences: Items[Sequence]) -> torch.Tensor:
         return torch.tensor([s.row for s in sequences], device=self._backbone.device)
 
 
-def _prefill_groups(sequences: Items[Sequence]) -> list[list[Sequence]]:
-    """Prompts of similar length together, each group within MAX_PREFILL_TOKENS of padded tokens where it can be."""
-    groups: list[list[Sequence]] = []
-    for sequence in sorted(sequences, key=lambda s: len(s.prompt_ids)):
-        if groups and (len(groups[-1]) + 1) * len(sequence.prompt_ids) <= MAX_PREFILL_TOKENS:
-            groups[-1].append(sequence)
+def _prefill_groups(chunks: Items[PrefillChunk], num_positions: int) -> list[list[PrefillChunk]]:
+    """Chunks of similar size together, each group within MAX_PADDED_TOKENS where it can be; padding stays within the
+    `num_positions` that a row's table of pages covers."""
+    groups: list[list[PrefillChunk]] = []
+    for chunk in sorted(chunks, key=lambda c: len(c.token_ids)):
+        size = len(chunk.token_ids)
+        group = groups[-1] if groups else []
+        fits = (len(group) + 1) * size <= MAX_PADDED_TOKENS
+        if group and fits and max(c.start for c in group) + size <= num_positions:
+            group.append(chunk)
         else:
-            groups.append([sequence])
+            groups.append([chunk])
     return groups
 
 
@@ -220,31 +239,10 @@ def _processed(
         logits_BNV[b] = penalise(
             logits_BNV[b], params, sequence.prompt_ids, sequence.output_ids, tokens_BN[b], tree.ancestors_BNN[b]
         )
-        if sequence.is_early and sequence.stop_ids:
-            early_N = len(sequence.output_ids) + tree.depth_BN[b] < params.min_tokens
-            stop_ids = torch.tensor(sorted(sequence.stop_ids), device=logits_BNV.device)
-            logits_BNV[b, :, stop_ids] = logits_BNV[b, :, stop_ids].masked_fill(early_N[:, None], float("-inf"))
+        if sequence.is_early:
+            stop_ids, num_tokens = sorted(sequence.stop_ids), len(sequence.output_ids)
+            logits_BNV[b] = forbid_end(logits_BNV[b], stop_ids, num_tokens, params.min_tokens, tree.depth_BN[b])
     return logits_BNV
-
-
-def _accept_typical(
-    tree: TreeBatch,
-    tokens_BN: torch.Tensor,
-    logits_BNV: torch.Tensor,
-    samples_BN: torch.Tensor,
-    batch: SamplingBatch,
-    rule: Typical,
-) -> Accepted:
-    greedy_B1 = (batch.temperature == 0)[:, None]
-    distribution_BNV = batch.distribution(logits_BNV)
-    typical_BN = typical(tree, tokens_BN, distribution_BNV, rule)
-    kept_BN = torch.where(greedy_B1, match(tree, tokens_BN, samples_BN), typical_BN)
-    bonus_BN = logits_BNV.argmax(-1) if rule.root == "greedy" else samples_BN
-    rows = torch.arange(len(tokens_BN), device=tokens_BN.device)[:, None]
-    logprob_BN = distribution_BNV.log_softmax(-1)[rows, tree.parent_BN, tokens_BN]
-    logprob_BN = torch.where(tree.depth_BN > 0, logprob_BN, 0.0).nan_to_num(neginf=-1e4)
-    path_logprob_BN = (tree.ancestors_BNN * logprob_BN[:, None]).sum(-1)
-    return accept(tree, kept_BN, torch.where(greedy_B1, samples_BN, bonus_BN), path_logprob_BN)
 
 
 def _to_host(
@@ -257,16 +255,6 @@ def _to_host(
         nodes = [node for node in path if node >= 0]
         emitted = [tokens[node] for node in nodes[1:]] + [bonus]
         wanted = sequences[b].params.logprobs
-        logprobs = [] if wanted is None else _logprobs(logits_BNV[b, nodes], emitted, wanted)
+        logprobs = [] if wanted is None else token_logprobs(logits_BNV[b, nodes], emitted, wanted)
         steps.append(StepTokens(emitted, logprobs))
     return steps
-
-
-def _logprobs(logits_DV: torch.Tensor, emitted: list[int], num_top: int) -> list[TokenLogprob]:
-    """The emitted tokens' log-probabilities at the nodes that precede them."""
-    logprobs_DV = logits_DV.float().log_softmax(-1)
-    top = logprobs_DV.topk(num_top, dim=-1)
-    return [
-        TokenLogprob(token, float(logprobs_DV[d, token]), list(zip(ids, values, strict=True)))
-        for d, (token, ids, values) in enumerate(zip(emitted, top.indices.tolist(), top.values.tolist(), strict=True))
-    ]

@@ -1,42 +1,97 @@
-"""Which sequences run: first come, first served, each admitted once its whole reply is sure to fit."""
+"""Which sequences run, what each does in a step, and on which pages.
+
+First come, first served: running sequences are older than waiting ones, and both lists are in order of age. Pages are
+taken as a sequence grows. When they run out the youngest running sequence loses its own and goes back to the head of
+the queue, to be computed again later. The oldest can take pages from all others, and no request is taken that could
+not run alone; so it always gets on, and everyone becomes the oldest in time.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from medusa.engine.kv_cache import KVCache
+from medusa.engine.kv_cache import PAGE_SIZE, KVCache, pages_for
 from medusa.engine.sequence import Sequence
+from medusa.engine.step import PrefillChunk
+from medusa.tree import TokenTree
+
+ChooseTrees = Callable[[list[Sequence]], list[TokenTree]]  # a step's trees, one a sequence
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: chunks to prefill, then sequences to decode, those among them whose last chunk this is."""
+
+    chunks: list[PrefillChunk]
+    decoding: list[Sequence]
+    trees: list[TokenTree]
 
 
 class Scheduler:
-    """Sequences wait in order, take a row of the batch and pages for the longest reply they may give, and leave."""
+    """Sequences wait in order, take a row of the batch and pages as they need them, and leave.
 
-    def __init__(self, cache: KVCache, max_batch_size: int, max_nodes: int) -> None:
+    A step writes up to `max_nodes` positions past a sequence's own; it prefills up to `max_prefill_tokens` in all.
+    """
+
+    def __init__(self, cache: KVCache, *, max_batch_size: int, max_nodes: int, max_prefill_tokens: int) -> None:
         self._cache = cache
-        self._max_nodes = max_nodes  # a step writes that many positions past the committed tokens
+        self._max_nodes = max_nodes
+        self._max_prefill_tokens = max_prefill_tokens
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-
-    @property
-    def unfinished(self) -> list[Sequence]:
-        """The running sequences that decode on; a reply may have ended with its first token."""
-        return [sequence for sequence in self.running if sequence.finish_reason is None]
+        self.num_preemptions = 0
+        self.num_reused_tokens = 0
 
     def holds(self, request_id: str) -> bool:
         return any(sequence.request_id == request_id for sequence in (*self.running, *self.waiting))
 
+    def schedule(self, choose: ChooseTrees, *, may_preempt: bool = True) -> Plan | None:
+        """The next step, with pages for all of it. None when pages run out and none may be taken from a sequence."""
+        self.admit()
+        chunks = self._share_out_prefill()
+        decoding = [s for s in self.running if _decodes(s, chunks.get(s))]
+        trees = dict(zip(decoding, choose(decoding), strict=True)) if decoding else {}
+        for sequence in list(self.running):
+            needed = _positions_needed(sequence, chunks.get(sequence), trees.get(sequence))
+            while sequence.row >= 0 and not self._cache.grow(sequence.row, needed):
+                if not may_preempt:
+                    return None
+                self._preempt(self.running[-1])
+        decoding = [s for s in decoding if s.row >= 0]
+        return Plan(
+            chunks=[chunk for s, chunk in chunks.items() if s.row >= 0],
+            decoding=decoding,
+            trees=[trees[s] for s in decoding],
+        )
+
     def admit(self) -> list[Sequence]:
-        """Moves waiting sequences into the batch while rows and pages last; returns the new ones, to be prefilled."""
+        """Moves waiting sequences into the batch while there are rows, and pages for all that they have to fill."""
         admitted: list[Sequence] = []
+        promised = sum(self._pages_to_come(sequence) for sequence in self.running if not sequence.is_filled)
         while self.waiting and self._rows:
             sequence = self.waiting[0]
-            if not self._cache.allocate(self._rows[-1], sequence.num_reserved + self._max_nodes):
+            promised += self._pages_to_come(sequence)
+            if self.running and promised > self._cache.pool.num_available:
                 break
             sequence.row = self._rows.pop()
-            admitted.append(self.waiting.popleft())
-        self.running.extend(admitted)
+            self.running.append(self.waiting.popleft())
+            admitted.append(sequence)
         return admitted
+
+    def note_launch(self, chunk: PrefillChunk) -> None:
+        """Counts a chunk as cached from its launch on: later launches find its pages written."""
+        sequence = chunk.sequence
+        sequence.num_cached = chunk.end
+        self.register(sequence)
+
+    def register(self, sequence: Sequence) -> None:
+        """Makes the text of the sequence's full pages known, for others to begin with."""
+        num_pages = sequence.num_cached // PAGE_SIZE
+        if num_pages > self._cache.num_known(sequence.row):
+            self._cache.register(sequence.row, sequence.page_digests(self._cache.pool.root_digest, num_pages))
 
     def retire(self) -> None:
         """Frees the rows and pages of sequences that have finished."""
@@ -56,13 +111,73 @@ class Scheduler:
         return removed
 
     def clear(self) -> None:
-        """Forgets everything, running and waiting."""
+        """Forgets all sequences, running and waiting."""
         for sequence in self.running:
             self._release(sequence)
         self.running.clear()
         self.waiting.clear()
 
+    def _share_out_prefill(self) -> dict[Sequence, PrefillChunk]:
+        """Chunks for the sequences that are being filled, the oldest first, within a step's budget of tokens.
+
+        One whose next page an older one is about to compute waits for it, so that a text is computed once.
+        """
+        budget = self._max_prefill_tokens
+        chunks: dict[Sequence, PrefillChunk] = {}
+        underway: set[bytes] = set()
+        for sequence in (s for s in self.running if not s.is_filled):
+            self._reuse_pages(sequence)
+            coming = self._shareable_digests(sequence)[sequence.num_cached // PAGE_SIZE :]
+            waits = self._is_between_pages(sequence) and not underway.isdisjoint(coming[:1])
+            if budget > 0 and not waits:
+                chunks[sequence] = PrefillChunk.after(sequence, budget)
+                budget -= len(chunks[sequence].token_ids)
+            underway.update(coming)
+        return chunks
+
+    def _reuse_pages(self, sequence: Sequence) -> None:
+        """Takes over pages that hold the sequence's next tokens already."""
+        if self._is_between_pages(sequence):
+            digests = self._shareable_digests(sequence)[sequence.num_cached // PAGE_SIZE :]
+            num_tokens = self._cache.share(sequence.row, digests) * PAGE_SIZE
+            sequence.num_cached += num_tokens
+            self.num_reused_tokens += num_tokens
+
+    def _is_between_pages(self, sequence: Sequence) -> bool:
+        return self._cache.num_owned(sequence.row) * PAGE_SIZE == sequence.num_cached
+
+    def _shareable_digests(self, sequence: Sequence) -> list[bytes]:
+        """Of full pages before the last token to fill, which is always computed: the heads need its hidden state."""
+        return sequence.page_digests(self._cache.pool.root_digest, (sequence.num_to_fill - 1) // PAGE_SIZE)
+
+    def _pages_to_come(self, sequence: Sequence) -> int:
+        """Pages that a sequence still takes from the available ones until it has been filled and can decode."""
+        total = pages_for(sequence.num_to_fill + self._max_nodes)
+        if sequence.row >= 0:
+            return total - self._cache.num_owned(sequence.row)
+        return total - self._cache.pool.num_shareable_in_use(self._shareable_digests(sequence))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes the row and pages of the youngest running sequence; it is to be the next to run again."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.row)
         self._rows.append(sequence.row)
-        sequence.row = -1
+        sequence.forget_cache()
+
+
+def _decodes(sequence: Sequence, chunk: PrefillChunk | None) -> bool:
+    """Whether it decodes in this step, after its chunk if it has one; not where that token ends it for sure."""
+    if chunk is None:
+        return sequence.is_filled and not sequence.is_ending
+    return chunk.is_last and not (chunk.gives_token and sequence.max_new_tokens == 1)
+
+
+def _positions_needed(sequence: Sequence, chunk: PrefillChunk | None, tree: TokenTree | None) -> int:
+    """Positions that must have pages for the sequence's part of a step."""
+    filled = chunk.end if chunk else sequence.num_cached
+    return filled + sequence.most_ahead + tree.num_nodes if tree else filled

@@ -6,6 +6,8 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medusa.engine.kv_cache import PAGE_SIZE
+from medusa.engine.page_pool import chain
 from medusa.sampling import SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
@@ -60,7 +62,11 @@ class Output:
 
 
 class Sequence:
-    """A reply being decoded. `row` is its place in the batch while it runs."""
+    """A reply being decoded.
+
+    While it runs, `row` is its place in the batch and `num_cached` its positions in the cache, as far as launches have
+    been collected; launches not collected yet will add at least `least_ahead` tokens and at most `most_ahead`.
+    """
 
     def __init__(
         self,
@@ -81,23 +87,55 @@ class Sequence:
         self.max_new_tokens = max_new_tokens
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
         self.row = -1
+        self.num_cached = self.least_ahead = self.most_ahead = 0
         self.output_ids: list[int] = []
         self.accepted_per_step: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._detokenizer = tokenizer.detokenizer()
+        self._digests: list[bytes] = []
         self._text = ""
         self._emitted = 0  # characters already given out
 
     @property
-    def num_reserved(self) -> int:
-        """Positions that the reply can come to need, apart from a step's tree."""
-        return len(self.prompt_ids) + self.max_new_tokens
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_to_fill(self) -> int:
+        """Positions to be cached before it decodes: all but the reply's last token, which is the next tree's root."""
+        return len(self.prompt_ids) + max(len(self.output_ids) - 1, 0)
+
+    @property
+    def is_filled(self) -> bool:
+        return self.num_cached >= self.num_to_fill
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it has ended, or will have with what is launched, however little that gives."""
+        return self.finish_reason is not None or len(self.output_ids) + self.least_ahead >= self.max_new_tokens
 
     @property
     def is_early(self) -> bool:
         """Whether the next token may not end the reply yet."""
         return len(self.output_ids) < self.params.min_tokens
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Of prompt and reply."""
+        split = len(self.prompt_ids)
+        return self.prompt_ids[start:end] + self.output_ids[max(start - split, 0) : max(end - split, 0)]
+
+    def page_digests(self, root_digest: bytes, num_pages: int) -> list[bytes]:
+        """Digests of its first pages, which must be full."""
+        for start in range(len(self._digests) * PAGE_SIZE, num_pages * PAGE_SIZE, PAGE_SIZE):
+            parent = self._digests[-1] if self._digests else root_digest
+            self._digests.append(chain(parent, self.tokens(start, start + PAGE_SIZE)))
+        return self._digests[:num_pages]
+
+    def forget_cache(self) -> None:
+        """It has lost its row and pages."""
+        self.row = -1
+        self.num_cached = self.least_ahead = self.most_ahead = 0
 
     def append(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob] = (), *, decoded: bool = True) -> Output:
         """Takes a step's tokens up to the first that ends the reply; what follows is dropped everywhere alike.

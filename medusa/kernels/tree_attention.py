@@ -40,6 +40,7 @@ class PagedTree:
         self._pages_BN = torch.where(self.valid_BN, pages_BN, self.trash_page)
         self._offsets_BN = position_BN % page_size
         self._position_BN = position_BN
+        self._dead = self._columns_without_content()
 
     def attend(
         self,
@@ -62,7 +63,15 @@ class PagedTree:
         """Writes the nodes' rows into a layer's pages, then reads the sequences' pages: [B, H, T, D]."""
         pool[self._pages_BN, self._offsets_BN] = new_BHND.transpose(1, 2)
         pages = pool.index_select(0, self._tables)  # several times as fast as indexing
+        # Whatever a page held before may be NaN or infinite, which no mask takes out of a product.
+        pages.view(-1, *pool.shape[2:]).index_fill_(0, self._dead, 0.0)
         return pages.view(len(new_BHND), -1, *pool.shape[2:]).transpose(1, 2)
+
+    def _columns_without_content(self) -> torch.Tensor:
+        """The read positions that neither committed tokens nor this step's nodes fill, as indices into [B * T]."""
+        column_T = torch.arange(self._num_pages * self.cache.shape[3], device=self.length_B.device)
+        filled_BT = (column_T < self.length_B[:, None]).scatter_(1, self._position_BN, self.valid_BN)
+        return (~filled_BT).flatten().nonzero()[:, 0]
 
     def _mask(self, sliding_window: int | None, groups: int, dtype: torch.dtype) -> torch.Tensor:
         """What each node sees, to be added to its scores, [B, 1, groups * N, T]; built once a step for each window."""

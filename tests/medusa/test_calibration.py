@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import replace
 
@@ -9,7 +11,15 @@ import pytest
 import torch
 
 from medusa import Engine, SamplingParams, TokenTree
-from medusa.calibration import ReplyGuesses, guess_replies, head_accuracy, tokens_per_step, walk
+from medusa.calibration import (
+    ReplyGuesses,
+    grow_measured,
+    guess_replies,
+    head_accuracy,
+    path_values,
+    tokens_per_step,
+    walk,
+)
 from medusa.checkpoint import BackboneRef, Calibration, Checkpoint, CheckpointMeta
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
@@ -102,6 +112,53 @@ def test_head_accuracy_by_hand():
     accuracy, positions = head_accuracy([ReplyGuesses([10, 11, 12, 13, 14], guesses)], num_heads=2, width=2)
     assert positions == 3
     assert accuracy == [[pytest.approx(1 / 3), pytest.approx(1 / 3)], [pytest.approx(1 / 3), pytest.approx(2 / 3)]]
+
+
+def dependent_replies(count=60, seed=1):
+    """The heads are right together or not at all: by the product of their accuracies no deep path looks worth it."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        reply = [rng.randrange(100) for _ in range(12)]
+        guesses = []
+        for i in range(len(reply)):
+            ahead = [*reply[i + 1 : i + 1 + NUM_HEADS], 0, 0, 0][:NUM_HEADS]
+            right = rng.random() < 0.4
+            guesses.append([[token if right else 200, 201, 202] for token in ahead])
+        yield ReplyGuesses(reply, guesses)
+
+
+def test_a_path_is_worth_how_often_all_of_it_comes_true():
+    replies = list(random_replies(200))
+    accuracy, positions = head_accuracy(replies, NUM_HEADS, 3)
+    values = path_values(replies, accuracy, 8)
+    for path, value in values.items():
+        whole = sum(
+            [item.guesses[i][k][rank] for k, rank in enumerate(path)] == item.reply[i + 1 : i + 1 + len(path)]
+            for item in replies
+            for i in range(len(item.reply) - NUM_HEADS)
+        )
+        product = math.prod(accuracy[k][rank] for k, rank in enumerate(path))
+        assert value == pytest.approx((whole + 20 * product) / (positions + 20))
+        assert len(path) == 1 or value <= values[path[:-1]]
+
+
+def test_a_measured_tree_beats_the_product_where_heads_depend_on_each_other():
+    replies = list(dependent_replies())
+    accuracy, _ = head_accuracy(replies, NUM_HEADS, 3)
+    measured = grow_measured(path_values(replies, accuracy, 4), 4)
+    assert measured == TokenTree.from_paths([(0,), (0, 0), (0, 0, 0)])
+    assert tokens_per_step(replies, measured) >= tokens_per_step(replies, grow(accuracy, 4))
+
+
+def test_measured_trees_have_the_size_asked_for_and_contain_each_other():
+    replies = list(random_replies(30))
+    accuracy, _ = head_accuracy(replies, NUM_HEADS, 3)
+    values = path_values(replies, accuracy, 20)
+    trees = [grow_measured(values, size) for size in (1, 4, 12, 20)]
+    assert [tree.num_nodes for tree in trees] == [1, 4, 12, 20]
+    assert all(set(a.paths) < set(b.paths) for a, b in itertools.pairwise(trees))
+    with pytest.raises(ValueError, match="at least 1 node"):
+        grow_measured(values, 0)
 
 
 def test_head_accuracy_without_a_position_is_zero():

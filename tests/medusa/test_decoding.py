@@ -11,8 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from medusa.decoding import TreeBatch, Typical, accept, match, propose, typical
-from medusa.engine.runner import _accept_typical
+from medusa.decoding import TreeBatch, Typical, accept, accept_typical, match, propose, typical
 from medusa.sampling import SamplingBatch, SamplingParams
 from medusa.tree import TokenTree
 
@@ -256,6 +255,10 @@ def test_nodes_made_invalid_after_stacking_are_not_accepted():
     assert accepted.last_B[0] == 0
 
 
+def typically(tree, tokens_BN, logits_BNV, samples_BN, batch, rule):
+    return accept_typical(tree, tokens_BN, logits_BNV, batch.distribution(logits_BNV), samples_BN, batch.exact, rule)
+
+
 def slow_typical(tree, tokens, logits, rule):
     """All paths by enumeration: the longest whose drafts are all typical, then the most likely."""
     logprobs = logits.double().log_softmax(-1)
@@ -280,7 +283,7 @@ def test_typical_acceptance_equals_its_formula_by_enumeration(seed, root):
     tokens_BN = propose(tree, torch.zeros(3, dtype=torch.int64), random_guesses(generator, 3))
     logits_BNV = 2 * torch.randn(*tokens_BN.shape, VOCAB, generator=generator)
     samples_BN = batch.sample(logits_BNV, torch.tensor([5, 6, 7]), tree.depth_BN)
-    accepted = _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch, rule)
+    accepted = typically(tree, tokens_BN, logits_BNV, samples_BN, batch, rule)
     drawn_from_BNV = batch.distribution(logits_BNV)
     for b in range(3):
         last = slow_typical(trees[b], tokens_BN[b], drawn_from_BNV[b], rule)
@@ -301,7 +304,7 @@ def test_typical_keeps_several_siblings_and_the_most_likely_path_wins():
     kept = typical(tree, tokens_BN, logits_1NV, Typical(root="greedy"))
     assert kept.tolist() == [[True] * 5]
     batch = batch_of([SamplingParams()], [0])
-    accepted = _accept_typical(tree, tokens_BN, logits_1NV, torch.zeros_like(tokens_BN), batch, Typical(root="greedy"))
+    accepted = typically(tree, tokens_BN, logits_1NV, torch.zeros_like(tokens_BN), batch, Typical(root="greedy"))
     assert accepted.path_BD.tolist() == [[0, 2, 4]]  # 0.45 * 0.9 beats 0.55 * 0.3
 
 
@@ -317,12 +320,35 @@ def test_typical_is_greedy_matching_at_temperature_0_beside_rows_that_sample(see
     logits_BNV = torch.randn(*tokens_BN.shape, VOCAB, generator=generator)
     samples_BN = batch.sample(logits_BNV, torch.zeros(4, dtype=torch.int64), tree.depth_BN)
     rule = Typical(epsilon=0.01, delta=0.01, root=root)
-    lossy = _accept_typical(tree, tokens_BN, logits_BNV, samples_BN, batch, rule)
+    lossy = typically(tree, tokens_BN, logits_BNV, samples_BN, batch, rule)
     greedy = accept(tree, match(tree, tokens_BN, logits_BNV.argmax(-1)), logits_BNV.argmax(-1))
     for b in (0, 2):
         assert lossy.path_BD[b].tolist() == greedy.path_BD[b].tolist()
         assert lossy.bonus_B[b] == greedy.bonus_B[b]
     assert lossy.num_B[[1, 3]].sum() >= greedy.num_B[[1, 3]].sum()
+
+
+@pytest.mark.parametrize("root", ["greedy", "sampled"])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_row_that_asks_for_exact_is_matched_to_its_draws_beside_typical_ones(seed, root):
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    tree = TreeBatch.stack([random_tree(rng, 10) for _ in range(4)], CPU)
+    params = [SamplingParams(temperature=0.9, acceptance="exact" if b % 2 else None) for b in range(4)]
+    batch = batch_of(params, [1, 2, 3, 4])
+    tokens_BN = propose(tree, torch.zeros(4, dtype=torch.int64), random_guesses(generator, 4))
+    logits_BNV = torch.randn(*tokens_BN.shape, VOCAB, generator=generator)
+    samples_BN = batch.sample(logits_BNV, torch.zeros(4, dtype=torch.int64), tree.depth_BN)
+    rule = Typical(epsilon=0.01, delta=0.01, root=root)
+    mixed = typically(tree, tokens_BN, logits_BNV, samples_BN, batch, rule)
+    exact = accept(tree, match(tree, tokens_BN, samples_BN), samples_BN)
+    loose = typically(
+        tree, tokens_BN, logits_BNV, samples_BN, batch_of([SamplingParams(temperature=0.9)] * 4, [1, 2, 3, 4]), rule
+    )
+    for b in range(4):
+        wanted = exact if b % 2 else loose
+        assert mixed.path_BD[b].tolist() == wanted.path_BD[b].tolist()
+        assert mixed.bonus_B[b] == wanted.bonus_B[b]
+    assert not batch.all_exact and batch.exact.tolist() == [False, True, False, True]
 
 
 def test_a_draft_outside_the_restricted_distribution_is_not_typical():

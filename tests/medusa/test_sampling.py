@@ -20,7 +20,7 @@ from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 from medusa.noise import gumbel
-from medusa.sampling import SamplingBatch, SamplingParams, penalise
+from medusa.sampling import SamplingBatch, SamplingParams, forbid_end, penalise
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
 
@@ -268,6 +268,20 @@ def test_repetition_penalty_equals_hugging_faces():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("stop_ids", [[], [3], [0, 5, VOCAB - 1]])
+@pytest.mark.parametrize("num_tokens", [0, 2, 3, 4])
+def test_an_end_is_forbidden_on_nodes_whose_draw_comes_before_min_tokens(stop_ids, num_tokens):
+    """Of at least four tokens: the fourth, drawn after three others, may be the end of a reply only as its last."""
+    logits_NV, depth_N = random_logits(5, VOCAB), torch.tensor([0, 1, 1, 2, 3])
+    before = logits_NV.clone()
+    barred = forbid_end(logits_NV, stop_ids, num_tokens, 4, depth_N)
+    for node, depth in enumerate(depth_N.tolist()):
+        for token in range(VOCAB):
+            early = token in stop_ids and num_tokens + depth < 4
+            assert float(barred[node, token]) == (-INF if early else float(logits_NV[node, token]))
+    assert torch.equal(logits_NV, before)
+
+
 def test_stop_tokens_are_barred_until_min_tokens_at_every_depth_of_the_tree(tiny_llama):
     """Greedy replies of a model whose stop tokens are what it likes best, by hand and by the engine."""
     backbone, tokenizer = Backbone.from_pretrained(tiny_llama, device="cpu"), ChatTokenizer.from_pretrained(tiny_llama)
@@ -308,6 +322,7 @@ def greedy_with_stops(backbone, prompt, stop_ids, min_tokens, max_tokens):
         ("max_tokens", 0, "at least 1"),
         ("min_tokens", -1, "0 to max_tokens"),
         ("min_tokens", 129, "0 to max_tokens"),
+        ("acceptance", "typical", "'exact', or None for the engine's own"),
         ("temperature", -0.5, "0 (greedy) or more"),
         ("temperature", INF, "0 (greedy) or more"),
         ("temperature", float("nan"), "0 (greedy) or more"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from medusa import Engine, SamplingParams
 from medusa.adapter import AdapterError, load_with_adapter, write_merged
 from medusa.checkpoint import CheckpointError, CheckpointMismatchError, load_checkpoint, read_meta
 from medusa.config import ConfigError, validate
@@ -64,6 +65,17 @@ def test_base_with_adapter_is_the_merged_model_and_not_the_base(trained: StepOut
     assert (logits(base) - logits(merged)).abs().max() > 1e-4
     with pytest.raises(CheckpointMismatchError, match="these heads belong to"):
         load_checkpoint(trained.path / "checkpoint", base)
+
+
+def test_the_engine_serves_the_base_with_its_adapter_as_the_merged_model(trained: StepOutput, tiny_llama: Path) -> None:
+    heads, params = trained.path / "checkpoint", SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    replies = [
+        Engine.from_pretrained(folder, heads, device="cpu", max_model_len=64, speculation="off").generate(
+            [[1, 5]], params
+        )
+        for folder in (tiny_llama, trained.path / "backbone")
+    ]
+    assert replies[0][0].token_ids == replies[1][0].token_ids
 
 
 def test_another_base_is_refused_with_all_three_digests(trained: StepOutput, make_backbone_dir) -> None:

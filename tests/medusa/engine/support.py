@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams, TokenTree
 from medusa.checkpoint import BackboneRef, Calibration, Checkpoint, CheckpointMeta
 from medusa.engine.engine import Prompt
+from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
@@ -105,6 +106,13 @@ def build_engine(
     backbone, tokenizer = load(path)
     checkpoint = checkpoint_of(backbone, trees=trees, vocabulary=vocabulary) if heads else None
     return Engine(backbone, tokenizer, checkpoint, **{"speculation": "off", "max_batch_size": 4, **arguments})
+
+
+def gigabytes(path: Path, pages: int) -> float:
+    """What `kv_cache_gb` gives a cache of so many pages (one more is the trash page)."""
+    backbone, _ = load(path)
+    heads, size = backbone.kv_shape
+    return (pages + 1.5) * (2 * backbone.num_layers * PAGE_SIZE * heads * size * 4) / 2**30
 
 
 def install_oracle(engine: Engine, texts: Sequence[Sequence[int]], **arguments: Any) -> Oracle:

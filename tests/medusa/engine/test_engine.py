@@ -10,12 +10,12 @@ import torch
 
 from medusa import Engine, SamplingParams, TokenTree, Typical
 from medusa.checkpoint import CheckpointMismatchError, save_checkpoint
-from medusa.engine.kv_cache import PAGE_SIZE
 from tests.medusa.engine.support import (
     TREES,
     Prepared,
     build_engine,
     checkpoint_of,
+    gigabytes,
     greedy,
     hugging_face,
     load,
@@ -313,15 +313,8 @@ def test_every_sampling_parameter_at_once_equals_plain_decoding(tiny_llama):
 # Memory and waiting
 
 
-def gigabytes(path, pages):
-    """What `kv_cache_gb` gives a cache of so many pages (one more is the trash page)."""
-    backbone, _ = load(path)
-    heads, size = backbone.kv_shape
-    return (pages + 1.5) * (2 * backbone.num_layers * PAGE_SIZE * heads * size * 4) / 2**30
-
-
 def test_requests_wait_for_pages_and_none_is_lost(prepared, tiny_llama):
-    """A cache of four pages for requests of two: never more than two at once, in whatever order they end."""
+    """A cache of four pages for requests that need two to join and one at first: three at once, and no more."""
     engine = build_engine(tiny_llama, max_batch_size=4, kv_cache_gb=gigabytes(tiny_llama, 4))
     engine.checkpoint.heads.guess = prepared.oracle.guess
     engine.set_tree(TREE)
@@ -332,7 +325,7 @@ def test_requests_wait_for_pages_and_none_is_lost(prepared, tiny_llama):
         completions |= {o.request_id: o.finished for o in engine.step() if o.finished}
         most = max(most, engine.stats().running)
         assert engine.stats().pages_used <= 4
-    assert most == 2 and engine.stats().pages_used == 0
+    assert most == 3 and engine.stats().pages_used == 0
     assert list(completions) and set(completions) == set(names)
     for name, completion in completions.items():
         assert completion.token_ids == prepared.plain[names[name]].token_ids
@@ -342,20 +335,29 @@ def test_stats_count_what_was_done(tiny_llama):
     engine = build_engine(tiny_llama, heads=False)
     assert vars(engine.stats()) == dict(
         running=0, waiting=0, steps=0, prefill_tokens=0, decode_tokens=0, pages_used=0,
-        pages_total=4 * 9, tree_size=1,
+        pages_total=4 * 9, tree_size=1, pages_cached=0, running_tokens=0, waiting_tokens=0, reused_tokens=0,
+        drafted_tokens=0, accepted_tokens=0, preemptions=0,
     )  # fmt: skip
     engine.generate(random_prompts([5, 9]), greedy(max_tokens=7))
     stats = engine.stats()
     assert (stats.steps, stats.prefill_tokens, stats.decode_tokens) == (6, 14, 12)
 
 
-def test_long_prompts_are_prefilled_in_groups(tiny_llama, monkeypatch):
-    monkeypatch.setattr("medusa.engine.runner.MAX_PREFILL_TOKENS", 100)
-    prompts = random_prompts([90, 3, 300, 45, 7, 2], seed=24)
-    engine = build_engine(tiny_llama, max_batch_size=6)
-    completions = engine.generate(prompts, greedy(max_tokens=6))
-    assert [c.token_ids for c in completions] == hugging_face(tiny_llama, prompts, 6, eos_token_id=None)
-    assert [c.prompt_token_ids for c in completions] == prompts
+def test_stats_count_drafts_and_tokens_in_line(prepared, engine):
+    before = engine.stats()
+    completions = prepared.decode(TREE)
+    after = engine.stats()
+    steps = [count for c in completions for count in c.accepted_per_step]
+    assert after.drafted_tokens - before.drafted_tokens == len(steps) * (TREE.num_nodes - 1)
+    assert after.accepted_tokens - before.accepted_tokens == sum(steps) - len(steps) > 0
+    for name, prompt in enumerate(prepared.prompts * 2):
+        engine.add(prompt, greedy(max_tokens=20), request_id=str(name))
+    assert (engine.stats().waiting_tokens, engine.stats().running_tokens) == (2 * (6 + 25 + 13), 0)
+    engine.step()
+    assert engine.stats().waiting_tokens == 25 + 13
+    assert engine.stats().running_tokens == sum(s.num_cached for s in engine._scheduler.running) >= 50
+    for name in range(6):
+        engine.abort(str(name))
 
 
 # What is refused
@@ -537,3 +539,19 @@ def test_typical_acceptance_keeps_more_drafts_above_temperature_0_and_counts_the
             assert len(completion.token_ids) == LENGTH == 1 + sum(completion.accepted_per_step)
         lengths.append(sum(c.num_steps for c in mixed))
     assert lengths[1] <= lengths[0]
+
+
+@pytest.mark.parametrize("root", ["greedy", "sampled"])
+def test_a_request_may_ask_a_typical_engine_for_exact_acceptance(prepared, tiny_llama, root):
+    """Then its tokens are plain decoding's, beside requests that are not."""
+    params = SamplingParams(max_tokens=LENGTH, temperature=0.9, seed=8, ignore_eos=True)
+    exact = dataclasses.replace(params, acceptance="exact")
+    plain = Prepared(build_engine(tiny_llama), prepared.prompts, params, rate=0.9)
+    engine = build_engine(tiny_llama, acceptance=Typical(epsilon=0.01, root=root))
+    engine.checkpoint.heads.guess = plain.oracle.guess
+    engine.set_tree(TREE)
+    completions = engine.generate(prepared.prompts, [exact, params, exact])
+    assert [completions[i].token_ids for i in (0, 2)] == [plain.plain[i].token_ids for i in (0, 2)]
+    lossy = engine.generate(prepared.prompts, params)
+    assert [c.token_ids for c in lossy] != [c.token_ids for c in plain.plain]
+    assert [c.token_ids for c in engine.generate(prepared.prompts, exact)] == [c.token_ids for c in plain.plain]

@@ -173,14 +173,13 @@ def test_padding_is_never_accepted_as_token_0(tiny_llama):
     engine.checkpoint.heads.guess = guess
     for prompt in prompts:
         engine.add(prompt, params)
-    engine.set_tree(TREES[4])
+    trees_of, engine._trees_of = engine._trees_of, lambda sequences: [TREES[1], TREES[64], TREES[4]]
     engine.step()
-    sequences = engine._scheduler.running
-    for _ in range(6):  # ragged trees: the smaller ones are padded with token 0's id
-        steps = engine._runner.decode(sequences, [TREES[1], TREES[64], TREES[4]], num_heads=4)
-        assert [step.token_ids for step in steps] == [[0], [0], [0]]
-    for sequence in list(sequences):
+    for _ in range(5):  # ragged trees: the smaller ones are padded with token 0's id
+        assert [output.token_ids for output in engine.step()] == [[0], [0], [0]]
+    for sequence in list(engine._scheduler.running):
         engine.abort(sequence.request_id)
+    engine._trees_of = trees_of
     engine.set_tree(TREES[1])  # and no guesses yet, so their rows hold zeros
     engine.add(prompts[0], params)
     engine.step()
@@ -263,7 +262,7 @@ def test_nothing_leaks_over_many_requests(prepared):
         engine.abort(names[round_ % 8])
         while engine.has_unfinished():
             engine.step()
-            owned = [page for pages in engine._cache._owned.values() for page in pages]
+            owned = [page for pages in engine._cache._owned for page in pages]
             assert TRASH_PAGE not in owned and len(owned) == len(set(owned)) == engine.stats().pages_used
         assert engine.stats().pages_used == 0
     assert sorted(engine._scheduler._rows) == [0, 1, 2, 3]

@@ -201,5 +201,30 @@ def test_a_reply_without_decode_steps_has_an_acceptance_length_of_one(begin):
     assert completion.logprobs is None
 
 
-def test_positions_reserved_are_the_prompts_and_the_longest_replys(begin):
-    assert begin(max_new_tokens=9).num_reserved == 3 + 9
+def test_what_has_to_be_cached_before_it_decodes_is_all_but_its_last_token(begin, ids):
+    sequence = begin()
+    assert sequence.num_to_fill == 3 and not sequence.is_filled
+    tokens = ids(*"abcd")
+    sequence.append(tokens[:1], decoded=False)
+    assert sequence.num_to_fill == 3
+    sequence.append(tokens[1:])
+    assert sequence.num_to_fill == 3 + 3
+    assert sequence.tokens(1, 5) == [6, 7, *tokens[:2]]
+    assert sequence.tokens(0, 3) == [5, 6, 7] and sequence.tokens(4, 6) == tokens[1:3]
+    sequence.num_cached = 6
+    assert sequence.is_filled
+    sequence.forget_cache()
+    assert not sequence.is_filled and sequence.output_ids == tokens
+
+
+def test_it_is_ending_when_what_is_launched_reaches_its_length(begin, ids):
+    sequence = begin(max_new_tokens=4)
+    sequence.append(ids(*"ab"))
+    assert not sequence.is_ending
+    sequence.least_ahead = 1
+    assert not sequence.is_ending
+    sequence.least_ahead = 2
+    assert sequence.is_ending
+    ended = begin(stop_token_ids=(9,))
+    ended.append([9])
+    assert ended.is_ending

@@ -1,0 +1,245 @@
+"""The decoder of a GPU step: a list of nodes in, their hidden states out, in launches that a CUDA graph can hold.
+
+`FusedDecoder` runs the Llama family (RMSNorm, rotary attention, gated MLP) by this project's own kernels, seven launches
+a layer. `ModuleDecoder` runs any other supported model through transformers' modules with tree attention over pages
+inside; it is also the plain twin that tests hold the fused one against.
+
+Shapes: M nodes, d hidden size, H query heads, G key-value heads, D head size, F channels of the MLP, S partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from medusa.kernels.attention import AttentionPlan, Scratch, Visible, attend
+from medusa.kernels.gate import silu_mul
+from medusa.kernels.launch import supports_pdl
+from medusa.kernels.matmul import gated, plan_gated, plan_product, product
+from medusa.kernels.norm import add_norm
+from medusa.kernels.rope import rope_write
+from medusa.model import Backbone
+
+FUSED_KINDS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class StepNodes:
+    """One step's nodes: token, position for RoPE, batch row, index within its tree; and what they may look at."""
+
+    token_M: torch.Tensor
+    position_M: torch.Tensor
+    row_M: torch.Tensor
+    node_M: torch.Tensor
+    visible: Visible
+    plan: AttentionPlan
+
+
+class Decoder(Protocol):
+    """Writes the nodes' keys and values into the cache and returns what the LM head reads, [M, d]."""
+
+    def __call__(self, nodes: StepNodes) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's weights as the kernels read them; the model's own parameters become views of them."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    qkv_bias: torch.Tensor | None
+    head_norms: tuple[torch.Tensor, torch.Tensor, float] | None
+    out: torch.Tensor
+    out_bias: torch.Tensor | None
+    mlp_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    window: int | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What the launches of one step size hand each other."""
+
+    residual_Md: torch.Tensor
+    normed_Md: torch.Tensor
+    qkv_MHD: torch.Tensor
+    attended_MHD: torch.Tensor
+    out_SMd: torch.Tensor
+    both_M2F: torch.Tensor
+    gated_MF: torch.Tensor
+    down_SMd: torch.Tensor
+
+
+def can_fuse(backbone: Backbone) -> bool:
+    """Whether the model is one whose forward `FusedDecoder` writes out."""
+    config = backbone.config
+    return (
+        config.model_type in FUSED_KINDS
+        and getattr(config, "hidden_act", None) == "silu"
+        and not getattr(config, "mlp_bias", False)
+    )
+
+
+class FusedDecoder:
+    """Llama-like layers over `cache` [layers, 2, pages, page size, G, D], for positions below `max_positions`."""
+
+    def __init__(self, backbone: Backbone, cache: torch.Tensor, scratch: Scratch, max_positions: int) -> None:
+        model = backbone.model.base_model
+        self._cache, self._scratch = cache, scratch
+        self._layers = [fuse(layer) for layer in model.layers]
+        self._embedding = model.embed_tokens.weight
+        self._norm, self._eps = model.norm.weight, model.norm.variance_epsilon
+        self._cos, self._sin = _angles(model.rotary_emb, max_positions, cache)
+        self._buffers: dict[int, Buffers] = {}
+        self.pdl = supports_pdl(cache.device)
+
+    def __call__(self, nodes: StepNodes) -> torch.Tensor:
+        buffers = self._buffers_of(len(nodes.token_M))
+        torch.index_select(self._embedding, 0, nodes.token_M, out=buffers.residual_Md)
+        add_norm(None, buffers.residual_Md, self._layers[0].input_norm, self._eps, buffers.normed_Md)
+        norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        for index, layer in enumerate(self._layers):
+            self._attention(self._cache[index], layer, nodes, buffers)
+            self._mlp(layer, norms[index], buffers)
+        return buffers.normed_Md
+
+    def _attention(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
+        product(buffers.normed_Md, layer.qkv, buffers.qkv_MHD.flatten(1), layer.qkv_bias, pdl=self.pdl)
+        visible = nodes.visible
+        rope_write(
+            buffers.qkv_MHD, cache, visible.tables_RP, visible.length_R, nodes.row_M, nodes.node_M, nodes.position_M,
+            self._cos, self._sin, layer.head_norms, pdl=self.pdl,
+        )  # fmt: skip
+        query_MHD = buffers.qkv_MHD[:, : buffers.attended_MHD.shape[1]]
+        attend(
+            query_MHD, cache, visible, nodes.plan, buffers.attended_MHD, self._scratch, layer.scaling,
+            window=layer.window, pdl=self.pdl,
+        )  # fmt: skip
+        product(buffers.attended_MHD.flatten(1), layer.out, buffers.out_SMd, pdl=self.pdl)
+        add_norm(
+            buffers.out_SMd, buffers.residual_Md, layer.mlp_norm, self._eps, buffers.normed_Md, layer.out_bias,
+            pdl=self.pdl,
+        )  # fmt: skip
+
+    def _mlp(self, layer: Layer, next_norm: torch.Tensor, buffers: Buffers) -> None:
+        tiles = plan_gated(len(buffers.normed_Md))
+        if tiles is None:
+            torch.mm(buffers.normed_Md, layer.gate_up.t(), out=buffers.both_M2F)
+            silu_mul(buffers.both_M2F, buffers.gated_MF, pdl=self.pdl)
+        else:
+            gated(buffers.normed_Md, layer.gate_up, buffers.gated_MF, tiles, pdl=self.pdl)
+        product(buffers.gated_MF, layer.down, buffers.down_SMd, pdl=self.pdl)
+        add_norm(buffers.down_SMd, buffers.residual_Md, next_norm, self._eps, buffers.normed_Md, pdl=self.pdl)
+
+    def _buffers_of(self, num_nodes: int) -> Buffers:
+        if num_nodes not in self._buffers:
+            self._buffers[num_nodes] = self._new_buffers(num_nodes)
+        return self._buffers[num_nodes]
+
+    def _new_buffers(self, num_nodes: int) -> Buffers:
+        layer, size = self._layers[0], self._embedding.shape[1]
+        head_size = self._cache.shape[-1]
+
+        def empty(*shape: int, dtype: torch.dtype = self._embedding.dtype) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device=self._cache.device)
+
+        def partial(weight: torch.Tensor) -> torch.Tensor:
+            tiles = plan_product(num_nodes, *weight.shape, may_split=True)
+            splits = tiles.splits if tiles else 1
+            return empty(splits, num_nodes, size, dtype=torch.float32 if splits > 1 else self._embedding.dtype)
+
+        return Buffers(
+            residual_Md=empty(num_nodes, size),
+            normed_Md=empty(num_nodes, size),
+            qkv_MHD=empty(num_nodes, layer.qkv.shape[0] // head_size, head_size),
+            # Rows that belong to no sequence are not written, and what is uninitialised could be NaN.
+            attended_MHD=empty(num_nodes, layer.out.shape[1] // head_size, head_size).zero_(),
+            out_SMd=partial(layer.out),
+            both_M2F=empty(num_nodes, layer.gate_up.shape[0]),
+            gated_MF=empty(num_nodes, layer.down.shape[1]),
+            down_SMd=partial(layer.down),
+        )
+
+
+def fuse(layer: Any) -> Layer:
+    """Lays Q, K and V, and gate and up, out as one matrix each, and makes the modules' parameters views of them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = None
+    if hasattr(attention, "q_norm"):
+        norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+    return Layer(
+        input_norm=layer.input_layernorm.weight,
+        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "weight"),
+        qkv_bias=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "bias"),
+        head_norms=norms,
+        out=attention.o_proj.weight,
+        out_bias=attention.o_proj.bias,
+        mlp_norm=layer.post_attention_layernorm.weight,
+        gate_up=_joined([mlp.gate_proj, mlp.up_proj], "weight"),
+        down=mlp.down_proj.weight,
+        # Mistral's attention reads the window from its configuration, Qwen's decides by layer.
+        window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
+        scaling=attention.scaling,
+    )
+
+
+def _joined(linears: list[torch.nn.Linear], name: str) -> torch.Tensor | None:
+    parameters = [getattr(linear, name) for linear in linears]
+    if parameters[0] is None:
+        return None
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return whole
+
+
+def _angles(rotary: Any, max_positions: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every position, half a head each, by the model's own rotary embedding."""
+    positions = torch.arange(max_positions, device=like.device)[None]
+    cos, sin = rotary(torch.empty(0, dtype=like.dtype, device=like.device), positions)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+class PagedNodes:
+    """What a transformers forward over flat nodes sends its layers' queries, keys and values to."""
+
+    def __init__(self, cache: torch.Tensor, nodes: StepNodes, scratch: Scratch) -> None:
+        self._cache, self._nodes, self._scratch = cache, nodes, scratch
+
+    def attend(
+        self,
+        layer: int,
+        query_BHND: torch.Tensor,
+        key_BHND: torch.Tensor,
+        value_BHND: torch.Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """The batch dimension is 1 and N are all nodes of the step: [1, M, H, D]."""
+        nodes, visible = self._nodes, self._nodes.visible
+        qkv_MHD = torch.cat([query_BHND, key_BHND, value_BHND], 1)[0].transpose(0, 1).contiguous()
+        rope_write(qkv_MHD, self._cache[layer], visible.tables_RP, visible.length_R, nodes.row_M, nodes.node_M)
+        query_MHD = qkv_MHD[:, : query_BHND.shape[1]]
+        out_MHD = torch.zeros_like(query_MHD)
+        attend(
+            query_MHD, self._cache[layer], visible, nodes.plan, out_MHD, self._scratch, scaling,
+            window=sliding_window, softcap=softcap,
+        )  # fmt: skip
+        return out_MHD[None]
+
+
+class ModuleDecoder:
+    """Any supported model, by transformers' own modules."""
+
+    def __init__(self, backbone: Backbone, cache: torch.Tensor, scratch: Scratch) -> None:
+        self._backbone, self._cache, self._scratch = backbone, cache, scratch
+
+    def __call__(self, nodes: StepNodes) -> torch.Tensor:
+        paged = PagedNodes(self._cache, nodes, self._scratch)
+        return self._backbone.tree_hidden_states(nodes.token_M[None], nodes.position_M[None], paged)[0]

@@ -1,0 +1,146 @@
+"""Prompts on a GPU: chunks of several sequences as flat chains over what is in their pages already.
+
+After a prompt's last chunk the first token is drawn, the heads guess, and the row's device state is set; from then on
+the row takes part in decoding steps. Shapes: B sequences, L of them at their last chunk, M tokens of all chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+
+from medusa.engine.emission import Emission
+from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
+from medusa.engine.host_work import HostWork
+from medusa.engine.staging import staged
+from medusa.engine.step import Launched, PrefillChunk, StepTokens
+from medusa.kernels.attention import Visible
+from medusa.kernels.state import Drafts
+
+SMALLEST = 16  # tokens that a launch is padded to; then powers of two
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prefill under way: which chunks give a token, and the emission of those that ended their prompt."""
+
+    chunks: list[PrefillChunk]
+    emission: Launched | None
+
+    def collect(self) -> list[StepTokens]:
+        last = iter(self.emission.collect() if self.emission else [])
+        return [next(last) if chunk.is_last else StepTokens([], []) for chunk in self.chunks]
+
+
+class Prefill:
+    """Launches prompt chunks over the pages of `tables_RP`."""
+
+    def __init__(self, step: GpuStep, tables_RP: torch.Tensor, host_work: HostWork) -> None:
+        self._step, self._tables_RP, self._host_work = step, tables_RP, host_work
+        self._device = tables_RP.device
+        self._buffers: dict[int, StepBuffers] = {}
+
+    def launch(self, chunks: Items[PrefillChunk], *, guesses: bool) -> Prefilled:
+        chunks = list(chunks)
+        hidden_Md = self._forward(chunks)
+        last, ends, end = [], [], 0
+        for chunk in chunks:
+            end += len(chunk.token_ids)
+            if chunk.is_last:
+                last.append(chunk)
+                ends.append(end - 1)
+        if not last:
+            return Prefilled(chunks, None)
+        hidden_Ld = hidden_Md.index_select(0, staged(ends, torch.int64, self._device))
+        return Prefilled(chunks, self._finish(last, hidden_Ld, guesses))
+
+    def _forward(self, chunks: list[PrefillChunk]) -> torch.Tensor:
+        """All chunks' tokens in one pass, padded; writes their keys and values."""
+        sizes = [len(chunk.token_ids) for chunk in chunks]
+        padding = _padded(sum(sizes)) - sum(sizes)
+        nobody = self._step.state.num_rows - 1
+        tokens = [token for chunk in chunks for token in chunk.token_ids] + [0] * padding
+        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)] + [0] * padding
+        rows = [chunk.sequence.row for chunk in chunks for _ in chunk.token_ids] + [nobody] * padding
+        nodes = [node for size in sizes for node in range(size)] + [0] * padding
+        long_2M = staged([*tokens, *positions], torch.int64, self._device).view(2, -1)
+        short_2M = staged([*rows, *nodes], torch.int32, self._device).view(2, -1)
+        starts = [sum(sizes[:b]) for b in range(len(sizes))]
+        chunk_rows = [chunk.sequence.row for chunk in chunks]
+        short_3B = staged([*chunk_rows, *starts, *sizes], torch.int32, self._device).view(3, -1)
+        drafts = Drafts(long_2M[0], long_2M[1], short_2M[0], short_2M[1], torch.ones_like(short_2M[0]), short_3B[1])
+        state = self._step.state
+        state.length_R[short_3B[0].long()] = staged([c.start for c in chunks], torch.int64, self._device)
+        visible = Visible(short_3B[0], short_3B[1], short_3B[2], state.length_R, self._tables_RP, None, None)
+        return self._step.decode(drafts, visible, _padded(max(sizes)))
+
+    def _finish(self, chunks: list[PrefillChunk], hidden_Ld: torch.Tensor, guesses: bool) -> Launched:
+        """Each prompt's first token, or the one that it is told to go on with; then guesses."""
+        buffers = self._buffers_of(chunks)
+        self._set_rows(chunks, buffers)
+        logits_LV = hidden_Ld.new_empty(len(chunks), self._step.vocab_size)
+        self._step.project(hidden_Ld, logits_LV)
+        sequences = [chunk.sequence for chunk in chunks]
+        wanted = [chunk.gives_token for chunk in chunks]
+        changed_LV = self._host_work.change_first(sequences, wanted, logits_LV, buffers.drafts.tokens_M)
+        self._step.accept(buffers, changed_LV)
+        if guesses and self._step.heads is not None:
+            self._step.guess(hidden_Ld, buffers.rows_B)
+        else:
+            self._step.state.num_guessed_R[buffers.rows_B.long()] = 0
+        emission = Emission.of(buffers.emitted, list(range(len(chunks))))
+        return self._host_work.first_logprobs(sequences, wanted, logits_LV, emission)
+
+    def _buffers_of(self, chunks: list[PrefillChunk]) -> StepBuffers:
+        """Trees of one node, at the last token of each prompt; those that are told their token have none."""
+        count = len(chunks)
+        if count not in self._buffers:
+            self._buffers[count] = self._step.new_buffers(count, count)
+        buffers = self._buffers[count]
+        rows = [chunk.sequence.row for chunk in chunks]
+        values = [*rows, *[int(chunk.gives_token) for chunk in chunks]]
+        buffers.inputs_2B.copy_(staged(values, torch.int32, self._device).view(2, -1))
+        drafts = buffers.drafts
+        drafts.tokens_M.copy_(staged([chunk.token_ids[-1] for chunk in chunks], torch.int64, self._device))
+        drafts.position_M.copy_(staged([chunk.end - 1 for chunk in chunks], torch.int64, self._device))
+        drafts.row_M.copy_(buffers.rows_B)
+        drafts.node_M.zero_()
+        drafts.valid_M.fill_(1)
+        drafts.start_B.copy_(torch.arange(count, device=self._device))
+        return buffers
+
+    def _set_rows(self, chunks: list[PrefillChunk], buffers: StepBuffers) -> None:
+        """What the device has to know of each sequence from now on. The walk commits the last prompt token, which is
+        not counted yet, when it emits the first of the reply."""
+        state, rows_L = self._step.state, buffers.rows_B.long()
+        sequences = [chunk.sequence for chunk in chunks]
+        params = [sequence.params for sequence in sequences]
+        stops = [sorted(sequence.stop_ids)[:NUM_STOP_IDS] for sequence in sequences]
+        columns: list[tuple[torch.Tensor, list[int]]] = [
+            (state.length_R, [chunk.end - chunk.gives_token for chunk in chunks]),
+            (state.root_R, [chunk.token_ids[-1] if chunk.next_token is None else chunk.next_token for chunk in chunks]),
+            (state.live_R, [1] * len(chunks)),
+            (state.remaining_R, [sequence.max_new_tokens - len(sequence.output_ids) for sequence in sequences]),
+            (state.num_output_R, [len(sequence.output_ids) for sequence in sequences]),
+            (state.min_tokens_R, [p.min_tokens for p in params]),
+            (state.top_k_R, [p.top_k for p in params]),
+            (state.seed_R, [sequence.seed for sequence in sequences]),
+            (state.choice_R, [sequence.index for sequence in sequences]),
+        ]
+        ints = staged([value for _, values in columns for value in values], torch.int64, self._device)
+        for (column, _), values_L in zip(columns, ints.view(len(columns), -1), strict=True):
+            column[rows_L] = values_L.to(column.dtype)
+        floats = [*(p.temperature for p in params), *(p.top_p for p in params), *(p.min_p for p in params)]
+        floats_3L = staged(floats, torch.float32, self._device).view(3, -1)
+        state.temperature_R[rows_L], state.top_p_R[rows_L], state.min_p_R[rows_L] = floats_3L
+        padded = [token for ids in stops for token in [*ids, *[-1] * (NUM_STOP_IDS - len(ids))]]
+        state.stop_ids_RE[rows_L] = staged(padded, torch.int64, self._device).view(-1, NUM_STOP_IDS)
+
+
+def _padded(size: int) -> int:
+    """The smallest power of two, from SMALLEST on, that holds so many; above 512 multiples of 512."""
+    if size > 512:
+        return -(-size // 512) * 512
+    return max(SMALLEST, 1 << (size - 1).bit_length())

@@ -1,0 +1,216 @@
+"""What one decoding step does on a GPU, from draft tokens to the next guesses, without ever asking the host.
+
+    draft -> decoder -> logits | -> sample -> walk -> compact -> heads
+           `forward`           |            `decide`
+
+Everything reads and writes buffers that stay where they are, so that both halves can be held in CUDA graphs, together
+or apart: apart where the host changes logits in between.
+
+Shapes: B sequences of a step, M nodes, R batch rows (the last is nobody's), D deepest depth + 1, K heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from medusa.checkpoint import Checkpoint
+from medusa.decoding import Typical
+from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
+from medusa.engine.gpu_heads import GpuHeads
+from medusa.engine.kv_cache import KVCache
+from medusa.kernels.attention import AttentionPlan, Scratch, Visible
+from medusa.kernels.compact import compact
+from medusa.kernels.cut import Cuts, find_cuts
+from medusa.kernels.draft import draft
+from medusa.kernels.launch import supports_pdl
+from medusa.kernels.matmul import product
+from medusa.kernels.sample import num_splits, reduce_samples, sample
+from medusa.kernels.state import Drafts, Emitted, RowState, Trees
+from medusa.kernels.typical import judge
+from medusa.kernels.walk import walk, walk_typical
+from medusa.model import Backbone
+
+NUM_STOP_IDS = 8  # a reply's stop ids that the GPU knows; the host cuts at any others
+TREE_ROOM = 64  # a row's tree has room for a multiple of this
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a step: sequences and nodes in all, most nodes of one sequence, and whether heads guess after it."""
+
+    batch: int
+    nodes: int
+    max_nodes: int
+    guesses: bool
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What the kernels of a step of one shape hand each other. `inputs_2B` are the batch rows and their node counts."""
+
+    inputs_2B: torch.Tensor
+    drafts: Drafts
+    cuts: Cuts
+    best_MX: torch.Tensor
+    sampled_M: torch.Tensor
+    emitted: Emitted
+
+    @property
+    def rows_B(self) -> torch.Tensor:
+        return self.inputs_2B[0]
+
+    @property
+    def count_B(self) -> torch.Tensor:
+        return self.inputs_2B[1]
+
+
+class GpuStep:
+    """The device state of a batch, and the launches of its steps. `max_nodes` bounds a step, `tree_nodes` one tree."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        checkpoint: Checkpoint | None,
+        cache: KVCache,
+        *,
+        max_batch_size: int,
+        max_nodes: int,
+        tree_nodes: int,
+        max_positions: int,
+        guess_width: int,
+        acceptance: Typical | None,
+    ) -> None:
+        device = backbone.device
+        num_heads = checkpoint.config.num_heads if checkpoint else 1
+        room = -(-tree_nodes // TREE_ROOM) * TREE_ROOM
+        self.num_depths = num_heads + 1
+        self.vocab_size = backbone.vocab_size
+        self.state = RowState.empty(max_batch_size + 1, num_heads, guess_width, NUM_STOP_IDS, device)
+        self.logprob_RKS = torch.zeros(max_batch_size + 1, num_heads, guess_width, device=device)
+        self.trees = Trees.roots(max_batch_size + 1, room, num_heads, device)
+        self.heads = (
+            GpuHeads(checkpoint.heads, backbone, max_batch_size=max_batch_size, width=guess_width)
+            if checkpoint
+            else None
+        )
+        self._backbone, self._cache, self._acceptance = backbone, cache, acceptance
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self._pdl = supports_pdl(device)
+        heads, head_size = _query_heads(backbone), cache.data.shape[-1]
+        self._group = heads // cache.data.shape[-2]
+        scratch = Scratch.of(
+            max_nodes=max_nodes, heads=heads, size=head_size, processors=self._processors, device=device
+        )
+        self.decoder: Decoder = (
+            FusedDecoder(backbone, cache.data, scratch, max_positions)
+            if can_fuse(backbone)
+            else ModuleDecoder(backbone, cache.data, scratch)
+        )
+        self._logits_MV = torch.empty(max_nodes, backbone.vocab_size, dtype=backbone.dtype, device=device)
+        self._buffers: dict[tuple[int, int], StepBuffers] = {}
+
+    def buffers(self, shape: Shape) -> StepBuffers:
+        key = (shape.batch, shape.nodes)
+        if key not in self._buffers:
+            self._buffers[key] = self.new_buffers(*key)
+        return self._buffers[key]
+
+    def new_buffers(self, batch: int, nodes: int) -> StepBuffers:
+        """Buffers whose inputs are a step of nobody."""
+        device = self._backbone.device
+        inputs_2B = torch.zeros(2, batch, dtype=torch.int32, device=device)
+        inputs_2B[0] = self.state.num_rows - 1
+        return StepBuffers(
+            inputs_2B=inputs_2B,
+            drafts=Drafts.empty(nodes, batch, device),
+            cuts=Cuts.empty(nodes, device),
+            best_MX=torch.zeros(nodes, num_splits(nodes, self.vocab_size), dtype=torch.int64, device=device),
+            sampled_M=torch.zeros(nodes, dtype=torch.int64, device=device),
+            emitted=Emitted.empty(batch, self.num_depths, device),
+        )
+
+    def logits(self, shape: Shape) -> torch.Tensor:
+        """Where `forward` leaves the nodes' logits, [M, V]."""
+        return self._logits_MV[: shape.nodes]
+
+    def forward(self, shape: Shape) -> torch.Tensor:
+        """Drafts, decodes, and leaves logits; returns hidden states [M, d] for `decide`."""
+        buffers, drafts = self.buffers(shape), self.buffers(shape).drafts
+        draft(buffers.rows_B, buffers.count_B, self.trees, self.state, drafts, pdl=False)
+        visible = Visible(
+            buffers.rows_B, drafts.start_B, buffers.count_B, self.state.length_R, self._cache.tables,
+            self.trees.bits_RNW, self.trees.depth_RN,
+        )  # fmt: skip
+        hidden_Md = self.decode(drafts, visible, shape.max_nodes)
+        self.project(hidden_Md, self.logits(shape))
+        return hidden_Md
+
+    def decode(self, drafts: Drafts, visible: Visible, max_nodes: int) -> torch.Tensor:
+        """The decoder over any nodes: a step's, or a prompt's chunks (`visible` then has no trees)."""
+        plan = AttentionPlan.of(
+            batch_size=visible.rows_B.shape[0],
+            max_nodes=max_nodes,
+            group=self._group,
+            num_kv_heads=self._cache.data.shape[-2],
+            processors=self._processors,
+        )
+        return self.decoder(
+            StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan)
+        )
+
+    def project(self, hidden_Md: torch.Tensor, logits_MV: torch.Tensor) -> None:
+        """The LM head, with the model's scale and soft-cap."""
+        head = self._backbone.model.get_output_embeddings()
+        product(hidden_Md, head.weight, logits_MV, head.bias, pdl=self._pdl)
+        capped = self._backbone.cap(logits_MV)
+        if capped is not logits_MV:
+            logits_MV.copy_(capped)
+
+    def decide(self, shape: Shape, hidden_Md: torch.Tensor, logits_MV: torch.Tensor) -> None:
+        """Samples at every node, accepts, moves the accepted keys and values together, and guesses anew."""
+        buffers = self.buffers(shape)
+        self.accept(buffers, logits_MV)
+        if shape.max_nodes > 1:
+            compact(
+                self._cache.data, self._cache.tables, buffers.rows_B, buffers.emitted, self.state.length_R,
+                pdl=self._pdl,
+            )  # fmt: skip
+        if shape.guesses and self.heads is not None:
+            last_hidden_Bd = hidden_Md.index_select(0, buffers.emitted.last_B)
+            self.guess(last_hidden_Bd, buffers.rows_B)
+        else:
+            self.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)
+
+    def accept(self, buffers: StepBuffers, logits_MV: torch.Tensor) -> None:
+        """Sample, then match; or the typical rule."""
+        drafts, cuts = buffers.drafts, buffers.cuts
+        find_cuts(logits_MV, drafts, self.state, cuts, pdl=self._pdl)
+        rule = self._acceptance
+        if rule is None:
+            sample(logits_MV, drafts, self.state, cuts, buffers.best_MX, pdl=self._pdl)
+            walk(
+                buffers.rows_B, buffers.count_B, drafts, buffers.best_MX, self.trees, self.state, buffers.emitted,
+                pdl=self._pdl,
+            )  # fmt: skip
+            return
+        sample(logits_MV, drafts, self.state, cuts, buffers.best_MX, greedy=rule.root == "greedy", pdl=self._pdl)
+        reduce_samples(buffers.best_MX, buffers.sampled_M, pdl=self._pdl)
+        kept_M, score_M = judge(
+            logits_MV, drafts, self.trees, self.state, cuts, epsilon=rule.epsilon, delta=rule.delta
+        )
+        walk_typical(
+            buffers.rows_B, buffers.count_B, drafts, buffers.sampled_M, kept_M, score_M, self.trees, self.state,
+            buffers.emitted, pdl=False,
+        )  # fmt: skip
+
+    def guess(self, last_hidden_Bd: torch.Tensor, rows_B: torch.Tensor) -> None:
+        """All heads guess after the sequences' last tokens."""
+        assert self.heads is not None
+        self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS, self.logprob_RKS)
+        self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])
+
+
+def _query_heads(backbone: Backbone) -> int:
+    return int(backbone.config.num_attention_heads)

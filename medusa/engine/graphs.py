@@ -1,0 +1,47 @@
+"""CUDA graphs of functions over static buffers, captured at first use; on a CPU the functions are simply run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar, cast
+
+import torch
+
+T = TypeVar("T")
+
+
+class Graphs:
+    """One graph a key, in one memory pool: they run one after another, never at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
+
+    def __len__(self) -> int:
+        return len(self._captured)
+
+    def has(self, key: Hashable) -> bool:
+        """Whether `run` will find the graph; always so where functions are simply run."""
+        return not self._on_gpu or key in self._captured
+
+    def run(self, key: Hashable, function: Callable[[], T]) -> T:
+        """What `function` does and returns (the tensors that the capture returned)."""
+        if not self._on_gpu:
+            return function()
+        graph, result = self._captured[key]
+        graph.replay()
+        return cast(T, result)
+
+    def capture(self, key: Hashable, function: Callable[[], object]) -> None:
+        """Runs `function` once, so that its kernels are compiled, and captures it: its inputs must be such that this
+        harms nothing."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = function()
+        self._captured[key] = (graph, result)

@@ -1,0 +1,228 @@
+"""Products of a few rows with a large frozen matrix: what a decoding step spends its time on.
+
+The matrix is read once from memory, so such a product costs its bytes, and everything here serves to keep reads in
+flight: the weight tile is the tall operand (rows of W fill the tensor cores even for one row of X), and the reduction is
+split over programs where there would be too few of them.
+
+Shapes: M rows of X, N rows of W (columns of the result), K the reduced axis, S splits of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from medusa.kernels.launch import await_inputs, options
+
+
+LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
+LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
+
+
+@triton.jit
+def _tile(
+    X,
+    W,
+    m,
+    n,
+    k0,
+    k1,
+    M,
+    N,
+    sx,
+    K: tl.constexpr,
+    BK: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """W[n, k0:k1] @ X[m, k0:k1].T, [BN, BM] in float32."""
+    k = tl.arange(0, BK)
+    acc = tl.zeros([BN, BM], tl.float32)
+    for start in range(k0, k1, BK):
+        at = start + k
+        if EVEN:
+            w = tl.load(W + n[:, None] * K + at[None, :], eviction_policy="evict_first")
+            x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None], other=0.0)
+        else:
+            inside = at < k1
+            w = tl.load(W + n[:, None] * K + at[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0)
+            x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
+        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul(
+    X,
+    W,
+    BIAS,
+    OUT,
+    M,
+    N,
+    sx,
+    so,
+    so_split,
+    K: tl.constexpr,
+    PER: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    k0 = tl.program_id(2) * PER
+    await_inputs(PDL)
+    acc = _tile(X, W, m, n, k0, min(k0 + PER, K), M, N, sx, K, BK, BM, BN, EVEN, PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    out = OUT + tl.program_id(2) * so_split + m[None, :] * so + n[:, None]
+    tl.store(out, acc.to(OUT.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def _gated(
+    X,
+    W,
+    OUT,
+    M,
+    N,
+    sx,
+    so,
+    K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """silu(X @ W[:N].T) * (X @ W[N:].T): both halves of a gated MLP, so that neither is written out."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    await_inputs(PDL)
+    k = tl.arange(0, BK)
+    gate = tl.zeros([BN, BM], tl.float32)
+    up = tl.zeros([BN, BM], tl.float32)
+    for start in range(0, K, BK):
+        at = start + k
+        if EVEN:
+            wg = tl.load(W + n[:, None] * K + at[None, :], eviction_policy="evict_first")
+            wu = tl.load(W + N * K + n[:, None] * K + at[None, :], eviction_policy="evict_first")
+            x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None], other=0.0)
+        else:
+            inside = (n < N)[:, None] & (at < K)[None, :]
+            wg = tl.load(W + n[:, None] * K + at[None, :], mask=inside, other=0.0)
+            wu = tl.load(W + N * K + n[:, None] * K + at[None, :], mask=inside, other=0.0)
+            x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :], other=0.0)
+        x = tl.trans(x)
+        gate = tl.dot(wg, x, gate, input_precision=PRECISION)
+        up = tl.dot(wu, x, up, input_precision=PRECISION)
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(OUT + m[None, :] * so + n[:, None], out.to(OUT.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product is cut: rows of X and of W and columns of both a program takes at a time, splits of K, pipeline
+    stages and warps."""
+
+    rows_x: int
+    rows_w: int
+    columns: int
+    splits: int = 1
+    stages: int = 4
+    warps: int = 4
+
+
+def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles | None:
+    """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's own
+    product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory."""
+    if num_rows > LIBRARY_ROWS:
+        return None
+    rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
+    if may_split and size >= 1024:
+        if rows_x == 128:
+            return Tiles(rows_x, 64, 64, splits=4, stages=4)
+        return Tiles(rows_x, 64, 128, splits=2, stages=6 if rows_x == 16 else 4)
+    if rows_x > 32 and num_out < LIBRARY_COLUMNS:
+        return None
+    if num_out >= LIBRARY_COLUMNS:
+        return Tiles(rows_x, 64, 128, stages=4 if rows_x <= 32 else 3)
+    return Tiles(rows_x, 128, 64, stages=5)
+
+
+def plan_gated(num_rows: int) -> Tiles | None:
+    """The same for a gated product."""
+    if num_rows > 32:
+        return None
+    return Tiles(16 if num_rows <= 16 else 32, 32, 128, stages=4)
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    tiles: Tiles,
+    bias: torch.Tensor | None = None,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """x [M, K] times weight [N, K] transposed, written to out: [M, N], or with splits [S, M, N] partial sums in float32
+    that the reader adds up (`add_norm`). A bias goes with a whole product only."""
+    num_rows, (num_out, size) = x.shape[0], weight.shape
+    splits = out.shape[0] if out.dim() == 3 else 1
+    if splits != tiles.splits or (bias is not None and splits > 1):
+        raise ValueError(
+            f"{tiles.splits} splits write [S, M, N] without bias; got out {tuple(out.shape)}, bias {bias is not None}"
+        )
+    per = triton.cdiv(triton.cdiv(size, splits), tiles.columns) * tiles.columns
+    even = size % tiles.columns == 0 and num_out % tiles.rows_w == 0
+    grid = (triton.cdiv(num_out, tiles.rows_w), triton.cdiv(num_rows, tiles.rows_x), splits)
+    _matmul[grid](
+        x, weight, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
+        K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
+        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+    )  # fmt: skip
+    return out
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None, *, pdl: bool = False
+) -> torch.Tensor:
+    """x @ weight.T (+ bias) into `out` [M, N] by whatever is fastest; into `out` [S, M, N] as partial sums, where S is
+    what `plan_product` splits it into."""
+    tiles = plan_product(len(x), *weight.shape, may_split=out.dim() == 3)
+    target = out[0] if out.dim() == 3 and len(out) == 1 else out
+    if tiles is not None:
+        return matmul(x, weight, target, tiles, bias, pdl=pdl)
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t(), out=target)
+    return torch.mm(x, weight.t(), out=target)
+
+
+def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
+    """silu(x @ gate.T) * (x @ up.T) -> out [M, N], where weight [2N, K] is gate above up."""
+    num_rows, (num_both, size) = x.shape[0], weight.shape
+    num_out = num_both // 2
+    even = size % tiles.columns == 0 and num_out % tiles.rows_w == 0
+    grid = (triton.cdiv(num_out, tiles.rows_w), triton.cdiv(num_rows, tiles.rows_x))
+    _gated[grid](
+        x, weight, out, num_rows, num_out, x.stride(0), out.stride(0),
+        K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
+        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+    )  # fmt: skip
+    return out
+
+
+def _precision(x: torch.Tensor) -> str:
+    """float32 products are exact to float32; Triton's default for them would be tf32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
