@@ -19,7 +19,7 @@ from medusa.tree import TokenTree
 from pipelines.plan.figures import Basis, Figure, Figures, load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.serving import Load, ServePlan, expected_ladder, plan_serving
-from pipelines.plan.shapes import ModelShape, model_shape
+from pipelines.plan.shapes import HeadsCost, ModelShape, model_shape
 from pipelines.plan.training import Data, TrainPlan, plan_training
 from pipelines.run import load_pipeline
 
@@ -97,19 +97,19 @@ def serve(
     figures = load_figures()
     shape = model_shape(model, figures.models)
     kind = "joint" if heads == "joint" else "heads"
-    config: HeadsConfig | None = None
+    cost: HeadsCost | None = None
     if heads == "none":
         ladder, basis = {1: 1.0}, Figure(1.0, "measured", "plain decoding")
     elif heads in ("heads", "joint"):
-        config = _heads(shape, num_heads, vocabulary)
+        cost = HeadsCost.of(_heads(shape, num_heads, vocabulary))
         ladder, basis = expected_ladder(model, kind, figures, tokens_per_step)
     else:
-        config, ladder, basis = _calibrated(Path(heads))
+        cost, ladder, basis = _calibrated(Path(heads))
     load = Load(requests_per_second=requests_per_second, prompt_tokens=prompt_tokens, reply_tokens=reply_tokens)
     plan = plan_serving(
         model,
         shape,
-        config,
+        cost,
         ladder,
         basis,
         load,
@@ -135,14 +135,18 @@ def _heads(shape: ModelShape, num_heads: int, vocabulary: str) -> HeadsConfig:
     )
 
 
-def _calibrated(folder: Path) -> tuple[HeadsConfig, Mapping[int, float], Figure]:
+def _calibrated(folder: Path) -> tuple[HeadsCost, Mapping[int, float], Figure]:
     """The ladder that calibration measured for these very heads."""
     meta = read_meta(folder)
     if meta.calibration is None or not meta.calibration.tokens_per_step:
         raise ConfigError(f"{folder} is not calibrated; run `medusa calibrate`, or give --heads heads")
     sizes = [TokenTree.from_paths(paths).num_nodes for paths in meta.trees]
     ladder = {1: 1.0} | dict(zip(sizes, meta.calibration.tokens_per_step, strict=True))
-    return meta.heads, ladder, Figure(max(ladder.values()), "measured", f"calibration of {folder}")
+    return (
+        HeadsCost.of(meta.heads, meta.head_kind),
+        ladder,
+        Figure(max(ladder.values()), "measured", f"calibration of {folder}"),
+    )
 
 
 def _print_json(plan: TrainPlan | ServePlan, asked: Data | Load) -> None:

@@ -1,7 +1,7 @@
 """How other programs want Medusa heads: names of tensors, keys of config.json, and what each cannot take.
 
     reference   FasterDecoding/Medusa   {h}.{l}.linear.weight|bias, {h}.{L}.weight in medusa_lm_head.pt
-    TGI         text-generation-inference 3.3, the same names in medusa_lm_head.safetensors
+    TGI         text-generation-inference, the same names in medusa_lm_head.safetensors
     vLLM        0.31 and 0.32 (0.33 has no Medusa), blocks.{h}.layers.{l}.weight|bias, lm_heads.{h}.weight, token_map
 
 Pure functions of a checkpoint. A layout that a program would load wrongly or not at all is an ExportError.

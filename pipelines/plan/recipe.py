@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from medusa.heads import HeadsConfig
 from pipelines.plan.shapes import ModelShape
 from pipelines.plan.training import Recipe
 from pipelines.run import PipelineConfig
 
 WEIGHT_BITS = {None: 16, "8bit": 8, "4bit": 4}
-
-
-def heads_of(config: PipelineConfig, shape: ModelShape) -> HeadsConfig:
-    return config.train.heads.on(shape.hidden_size, shape.vocab_size)
 
 
 def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
@@ -20,7 +15,8 @@ def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
     return Recipe(
         weight_bits=WEIGHT_BITS[config.train.quantization],
         sharding=config.train.sharding,
-        heads=heads_of(config, shape),
+        heads=config.train.heads.on(shape.hidden_size, shape.vocab_size),
+        kind=config.train.heads.kind,
         method="heads" if joint is None else joint.method,
         rank=0 if joint is None else joint.rank,
         distils=joint is not None and joint.lm_loss == "distill",

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medusa.config import ConfigError
-from medusa.heads import HeadsConfig
 from pipelines.plan.figures import Basis, Figure, Figures, weakest
-from pipelines.plan.shapes import BF16, ModelShape, head_parameters
+from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
 from pipelines.plan.speed import Machine, decode_step, prefill
 
 GIB = 2**30
@@ -74,7 +73,7 @@ class ServePlan:
 def plan_serving(
     model: str,
     shape: ModelShape,
-    heads: HeadsConfig | None,
+    heads: HeadsCost | None,
     tokens_per_step: Mapping[int, float],
     tokens_basis: Figure,
     load: Load,
@@ -114,12 +113,12 @@ def plan_serving(
     )
 
 
-def _memory(machine: Machine, heads: HeadsConfig | None, load: Load) -> tuple[dict[str, float], int]:
+def _memory(machine: Machine, heads: HeadsCost | None, load: Load) -> tuple[dict[str, float], int]:
     """GiB by item of a replica, and the replies that its cache has room for."""
     assumed, shape = machine.figures.assumptions, machine.shape
     items = {
         "backbone weights": shape.parameters * BF16,
-        "heads": head_parameters(heads) * BF16 if heads else 0,
+        "heads": heads.parameters * BF16 if heads else 0,
         "runtime": assumed.runtime_gb * 1e9,
     }
     free = machine.gpu.memory_gb * 1e9 * assumed.memory_share - sum(items.values())
@@ -140,7 +139,7 @@ def _batches(most: int) -> list[int]:
 
 
 def _best_point(
-    machine: Machine, heads: HeadsConfig | None, tokens_per_step: Mapping[int, float], load: Load, batch: int
+    machine: Machine, heads: HeadsCost | None, tokens_per_step: Mapping[int, float], load: Load, batch: int
 ) -> Point:
     context = load.prompt_tokens + load.reply_tokens // 2
     points = []

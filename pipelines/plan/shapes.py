@@ -77,11 +77,29 @@ class ModelShape:
         return self.num_layers * rank * sum(a + b for a, b in self.linear_sizes)
 
 
-def head_parameters(heads: HeadsConfig) -> int:
-    """What training changes: blocks, and vocabulary matrices unless they are the LM head."""
-    blocks = heads.num_layers * (heads.hidden_size**2 + heads.hidden_size)
-    matrix = 0 if heads.vocabulary == "shared" else heads.head_vocab_size * heads.hidden_size
-    return heads.num_heads * (blocks + matrix)
+@dataclass(frozen=True)
+class HeadsCost:
+    """Heads in numbers: `parameters` of their own, those that a step reads (a shared LM head once more), and those that
+    one row is multiplied by."""
+
+    parameters: int
+    read: int
+    multiplied: int
+
+    @classmethod
+    def of(cls, heads: HeadsConfig, kind: str = "medusa") -> HeadsCost:
+        blocks, matrix = block_parameters(heads, kind), heads.head_vocab_size * heads.hidden_size
+        matrices = heads.num_heads * matrix
+        if heads.vocabulary == "shared":
+            return cls(blocks, blocks + matrix, blocks + matrices)
+        return cls(blocks + matrices, blocks + matrices, blocks + matrices)
+
+
+def block_parameters(heads: HeadsConfig, kind: str = "medusa") -> int:
+    """Of the residual blocks. Hydra's head k reads k + 1 embeddings beside the hidden state in its first block."""
+    d, count = heads.hidden_size, heads.num_heads
+    seen_tokens = count * (count + 1) // 2 if kind == "hydra" else 0
+    return count * heads.num_layers * (d**2 + d) + seen_tokens * d**2
 
 
 def model_shape(backbone: str, known: Mapping[str, ModelShape]) -> ModelShape:

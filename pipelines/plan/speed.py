@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from medusa.heads import HeadsConfig
 from pipelines.plan.figures import Figure, Figures, Gpu, Method
-from pipelines.plan.shapes import BF16, ModelShape, head_parameters
+from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
 
 TERA = 1e12
 CONTEXT = 512  # committed tokens that a measured decode step is taken to have had
@@ -33,7 +32,7 @@ class Machine:
         return self.figures.gpu(self.gpu_name)
 
 
-def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsConfig | None) -> Figure:
+def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsCost | None) -> Figure:
     """Seconds of one step of `batch` sequences with trees of `nodes` over `context` tokens each."""
     formula = decode_formula(machine, machine.shape, batch, nodes, context, heads)
     for name in machine.figures.similar(machine.model, machine.shape.parameters):
@@ -51,13 +50,13 @@ def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: H
 
 
 def decode_formula(
-    machine: Machine, shape: ModelShape, batch: int, nodes: int, context: int, heads: HeadsConfig | None
+    machine: Machine, shape: ModelShape, batch: int, nodes: int, context: int, heads: HeadsCost | None
 ) -> float:
     assumed, gpu, rows = machine.figures.assumptions, machine.gpu, batch * nodes
     weights = shape.parameters - (0 if shape.tied else shape.vocabulary_parameters)  # embeddings: a row a token
-    extra = head_parameters(heads) if heads is not None and nodes > 1 else 0
-    read = BF16 * (weights + extra) + batch * context * shape.kv_bytes_per_token
-    flops = 2 * rows * weights + 2 * batch * extra
+    guessing = heads if heads is not None and nodes > 1 else HeadsCost(0, 0, 0)
+    read = BF16 * (weights + guessing.read) + batch * context * shape.kv_bytes_per_token
+    flops = 2 * rows * weights + 2 * batch * guessing.multiplied
     reading = read / (gpu.bandwidth_tb_s * TERA * assumed.decode_bandwidth_share)
     computing = flops / (gpu.bf16_tflops * TERA * assumed.decode_compute_share)
     return max(reading, computing) + shape.num_layers * assumed.step_overhead_us_per_layer * 1e-6

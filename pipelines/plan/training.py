@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
 from pipelines.plan.figures import Figure, Figures, Method, weakest
-from pipelines.plan.shapes import BF16, ModelShape, head_parameters
+from pipelines.plan.shapes import BF16, HeadsCost, ModelShape, block_parameters
 from pipelines.plan.speed import Machine, decode_step, prefill, train_speed
 
 GIB = 2**30
@@ -31,6 +31,7 @@ class Recipe:
     """
 
     heads: HeadsConfig
+    kind: str = "medusa"
     method: Method = "heads"
     weight_bits: int = 16
     sharding: str = "ddp"
@@ -137,14 +138,15 @@ def _plan(machine: Machine, recipe: Recipe, data: Data, items: Mapping[str, floa
 def memory_items(shape: ModelShape, recipe: Recipe, runtime_gb: float) -> dict[str, float]:
     """GiB of one GPU: what is frozen in bf16 or quantised, what learns in float32."""
     tokens = recipe.micro_batch * recipe.max_length
+    heads = HeadsCost.of(recipe.heads, recipe.kind).parameters
     learning = FP32 + MOMENT_BYTES[recipe.optimizer]  # gradient and moments of a parameter, beside its own weight
     vocabulary = shape.parameters - shape.layer_parameters  # embeddings and LM head are not quantised
     widest = recipe.heads.head_vocab_size if recipe.method == "heads" else shape.vocab_size  # the LM head learns too
     frozen = shape.layer_parameters * WEIGHT_BYTES[recipe.weight_bits] + vocabulary * BF16
     items = {
         "backbone": shape.parameters * FP32 if recipe.method == "full" else frozen,
-        "heads": head_parameters(recipe.heads) * FP32,
-        "heads' gradients and optimiser": head_parameters(recipe.heads) * learning,
+        "heads": heads * FP32,
+        "heads' gradients and optimiser": heads * learning,
     }
     if recipe.method == "lora":
         adapters = shape.lora_parameters(recipe.rank)
@@ -179,7 +181,7 @@ def activation_bytes(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
 def flops_per_token(shape: ModelShape, recipe: Recipe, reply_share: float) -> tuple[float, float]:
     """Of a step that trains heads alone, and of a joint one. Vocabulary matrices run on the reply's tokens only."""
     backbone, heads = 2.0 * shape.layer_parameters, recipe.heads
-    blocks = 6.0 * heads.num_heads * heads.num_layers * heads.hidden_size**2
+    blocks = 6.0 * block_parameters(heads, recipe.kind)
     passes = 4.0 if heads.vocabulary == "shared" else 6.0  # a frozen matrix has no gradient of its own
     matrices = passes * heads.num_heads * heads.head_vocab_size * heads.hidden_size * reply_share
     alone = backbone + blocks + matrices

@@ -10,11 +10,12 @@ from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
 from pipelines.plan.figures import DecodeRow, load_figures
 from pipelines.plan.serving import Load, expected_ladder, plan_serving
+from pipelines.plan.shapes import HeadsCost
 from pipelines.plan.speed import Machine, decode_step, prefill
 
 FIGURES = load_figures()
 VICUNA = "lmsys/vicuna-7b-v1.5"
-HEADS = HeadsConfig(hidden_size=4096, vocab_size=32000, num_heads=5)
+HEADS = HeadsCost.of(HeadsConfig(hidden_size=4096, vocab_size=32000, num_heads=5))
 LOAD = Load(requests_per_second=40, prompt_tokens=300, reply_tokens=200)
 
 

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig, MedusaHeads
+from medusa.hydra import HydraHeads
 from pipelines.plan.figures import FIGURES, Figure, TrainRow, load_figures, weakest
-from pipelines.plan.shapes import ModelShape, head_parameters, model_shape
+from pipelines.plan.shapes import HeadsCost, ModelShape, model_shape
 from pipelines.plan.training import Data, Recipe, memory_items, plan_training
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -52,8 +53,10 @@ def test_adapters_and_heads_have_their_real_sizes(tiny_llama):
     for changes in ({}, {"vocabulary": "shared"}, {"vocabulary": "truncated", "truncated_vocab_size": 9}):
         config = HeadsConfig(hidden_size=16, vocab_size=40, num_layers=2, **changes)
         token_map = torch.arange(9) if "truncated_vocab_size" in changes else None
-        heads = MedusaHeads(config, token_map)
-        assert head_parameters(config) == sum(p.numel() for p in heads.parameters())
+        for kind, made in (("medusa", MedusaHeads), ("hydra", HydraHeads)):
+            assert HeadsCost.of(config, kind).parameters == sum(p.numel() for p in made(config, token_map).parameters())
+    shared, own = (HeadsCost.of(HeadsConfig(hidden_size=16, vocab_size=40, vocabulary=v)) for v in ("shared", "own"))
+    assert shared.multiplied == own.multiplied and shared.parameters < shared.read < own.read == own.parameters
 
 
 def test_the_optimiser_takes_what_is_planned():
