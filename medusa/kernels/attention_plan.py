@@ -62,9 +62,10 @@ class Scratch:
     arrived: torch.Tensor
 
     @classmethod
-    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
-        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
-        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
+    def of(cls, *, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
+        """For plans made by `AttentionPlan.of`, over fewer than twice as many nodes as its sequences may bring: splits
+        times tiles come to twice the processors at most, and a tile is MAX_ROWS rows of one key-value head."""
+        rows = max(2 * MAX_SPLITS, 4 * processors * MAX_ROWS // heads)
         return cls(
             part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
             lse=torch.empty(rows, heads, dtype=torch.float32, device=device),

@@ -18,6 +18,7 @@ import triton.language as tl
 from medusa.kernels.launch import await_inputs, options
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
+LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 
@@ -146,7 +147,7 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
     """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's
     own product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory
     with elements of 16 bits."""
-    if num_rows > LIBRARY_ROWS:
+    if num_rows > LIBRARY_ROWS or num_out * size >= LARGEST_MATRIX:
         return None
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
     if may_split and size >= 1024:
