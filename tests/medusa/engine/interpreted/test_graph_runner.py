@@ -20,7 +20,6 @@ from medusa.tokenizer import ChatTokenizer
 from tests.medusa.engine.support import NUM_HEADS, TREES, checkpoint_of, gigabytes, random_prompts
 
 VOCAB = 300
-TREE = TREES[8]
 LENGTH = 5
 PROMPTS = random_prompts([5, 40, 1, 9, 21, 3, 8], vocab=VOCAB)
 
@@ -54,7 +53,7 @@ def build(kind, path, **arguments):
     backbone, checkpoint = guessing(path)
     settings = {"max_batch_size": 3, "max_model_len": 200, "max_prefill_tokens": 24, "speculation": "off"}
     engine = kind(backbone, ChatTokenizer.from_pretrained(path), checkpoint, **{**settings, **arguments})
-    engine.set_tree(TREE)
+    engine.set_tree(TREES[4])
     return engine
 
 
@@ -70,8 +69,10 @@ def llama(make_backbone_dir):
     return make_backbone_dir("llama", vocab=VOCAB)
 
 
-def assert_equal_runs(engines, prompts, params):
+def assert_equal_runs(engines, prompts, params, tree=TREES[4]):
     """Generates on both; returns the reference's completions."""
+    for engine in engines:
+        engine.set_tree(tree)
     expected, got = (engine.generate(prompts, params) for engine in engines)
     for plain, graph in zip(expected, got, strict=True):
         assert graph.token_ids == plain.token_ids
@@ -102,7 +103,7 @@ def test_mixed_requests_more_than_rows_and_prompts_in_chunks(llama):
         params(temperature=1.0, ignore_eos=False, min_tokens=3, stop_token_ids=tuple(greedy[0].token_ids)),
         params(max_tokens=1),
     ]
-    completions = assert_equal_runs(engines, PROMPTS, each)
+    completions = assert_equal_runs(engines, PROMPTS, each, TREES[8])
     assert max(count for c in completions for count in c.accepted_per_step) > 2
     assert min(count for c in completions for count in c.accepted_per_step) == 1
     assert {c.finish_reason for c in completions} == {"stop", "length"}
@@ -142,10 +143,10 @@ def test_the_runner_changes_between_lag_and_none_while_sequences_run(llama):
 
 def test_preempted_sequences_go_on_where_they_were(llama):
     engines = pair(llama, kv_cache_gb=gigabytes(llama, 4), max_prefill_tokens=70)
-    prompts = random_prompts([52, 45, 3], vocab=VOCAB, seed=1)
-    completions = assert_equal_runs(engines, prompts, params(max_tokens=18, temperature=0.8))
+    prompts = random_prompts([51, 49, 3], vocab=VOCAB, seed=1)
+    completions = assert_equal_runs(engines, prompts, params(max_tokens=13, temperature=0.8), TREES[8])
     assert all(engine.stats().preemptions > 0 for engine in engines)
-    assert [len(c.token_ids) for c in completions] == [18] * 3
+    assert [len(c.token_ids) for c in completions] == [13] * 3
 
 
 def test_a_reply_that_fills_the_context(llama):
@@ -157,9 +158,9 @@ def test_a_reply_that_fills_the_context(llama):
 @pytest.mark.parametrize("root", ["greedy", "sampled"])
 def test_a_typical_engine_and_requests_that_ask_it_for_exact_acceptance(llama, root):
     engines = pair(llama, acceptance=Typical(epsilon=0.02, delta=0.3, root=root))
-    lossy = params(temperature=1.0)
+    lossy = params(temperature=1.0, max_tokens=4)
     exact = dataclasses.replace(lossy, acceptance="exact")
-    completions = assert_equal_runs(engines, PROMPTS[:4], [exact, lossy, params(), exact])
+    completions = assert_equal_runs(engines, PROMPTS[:4], [exact, lossy, params(max_tokens=2), exact])
     plain = pair(llama)[0].generate(PROMPTS[:4], lossy)
     assert [completions[i].token_ids for i in (0, 3)] == [plain[i].token_ids for i in (0, 3)]
 
@@ -171,9 +172,13 @@ def test_families_that_run_by_their_own_modules(make_backbone_dir, family):
     assert sum(len(c.token_ids) for c in completions) == 2 * LENGTH + 2
 
 
-def test_a_full_batch_of_large_trees(llama):
-    """More nodes than any of the finely graded steps have."""
-    engines = pair(llama, max_batch_size=5)
-    for engine in engines:
-        engine.set_tree(TREES[64])
-    assert_equal_runs(engines, PROMPTS[:5], params(max_tokens=3))
+def test_every_batch_of_trees_has_a_step_that_holds_it(llama):
+    """Sizes are rounded up, however odd the batch and however many the nodes."""
+    engine = build(GraphEngine, llama, max_batch_size=5)
+    for batch in range(1, 6):
+        for nodes in range(1, 65):
+            shape = engine._runner._shape([nodes] * batch, True)
+            assert batch <= shape.batch <= 5
+            assert batch * nodes <= shape.nodes < 2 * shape.batch * shape.max_nodes
+            assert nodes <= shape.max_nodes <= 64
+            assert engine._runner._step.logits(shape).shape == (shape.nodes, VOCAB)
