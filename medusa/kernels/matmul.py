@@ -191,7 +191,7 @@ def matmul(
     _matmul[grid](
         x, weight, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -219,7 +219,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles
     _gated[grid](
         x, weight, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -227,3 +227,8 @@ def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles
 def _precision(x: torch.Tensor) -> str:
     """float32 products are exact to float32; Triton's default for them would be tf32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _stages(tiles: Tiles, x: torch.Tensor) -> int:
+    """Elements of 32 bits take twice the shared memory: half as many tiles are under way."""
+    return max(1, tiles.stages * 2 // x.element_size())

@@ -69,7 +69,7 @@ class Batch:
     def expected(self, window=None, softcap=None):
         """The plain twin's, one sequence at a time: it writes the same keys and values where they are already."""
         out = torch.full_like(self.query, NAN)
-        for b, (row, count, start) in enumerate(zip(self.rows, self.counts, self.starts, strict=True)):
+        for row, count, start in zip(self.rows, self.counts, self.starts, strict=True):
             if count:
                 out[start : start + count] = self._one(row, slice(start, start + count), window, softcap)
         return out
