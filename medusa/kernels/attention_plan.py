@@ -34,7 +34,8 @@ class AttentionPlan:
         tiles = triton.cdiv(packed, rows)
         wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=4, stages=2)
+        warps = 8 if rows == MAX_ROWS else 4  # a tile of so many rows spills from the registers of 4 warps
+        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=warps, stages=2)
 
 
 @dataclass(frozen=True)

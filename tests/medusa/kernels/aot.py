@@ -106,7 +106,7 @@ MODELS = [
 ]
 PROCESSORS = {80: 108, 90: 132}
 ROWS = range(1, 257)
-MOST_NODES = (1, 4, 16, 64, 128, 512)  # of a sequence: a step's or a prompt's
+MOST_NODES = (1, 4, 16, 64, 512)  # of a sequence: a step's or a prompt's
 
 
 def products() -> list[Case]:
