@@ -34,8 +34,11 @@ class AttentionPlan:
         tiles = triton.cdiv(packed, rows)
         wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        warps = 8 if rows == MAX_ROWS else 4  # a tile of so many rows spills from the registers of 4 warps
-        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=warps, stages=2)
+        if rows < MAX_ROWS:
+            return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes)
+        # 64 rows by 64 columns spill from the registers of 4 warps, and without splits from those of 8 too (sm_80).
+        columns, warps = (32, 4) if splits == 1 else (64, 8)
+        return cls(splits=splits, rows=rows, columns=columns, max_nodes=max_nodes, warps=warps)
 
 
 @dataclass(frozen=True)
