@@ -270,15 +270,18 @@ class Engine:
                 guess_width=limits.guess_width,
                 acceptance=acceptance,
             )
+        return self._graph_runner(acceptance)
+
+    def _graph_runner(self, acceptance: Typical | None) -> StepRunner:
         from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
 
+        limits = self._limits
         return GraphRunner(
             self.backbone,
             self.checkpoint,
             self._cache,
             max_batch_size=limits.max_batch_size,
             max_tree_nodes=limits.max_nodes,
-            max_prefill_tokens=limits.max_prefill_tokens,
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,

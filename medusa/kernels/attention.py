@@ -346,7 +346,8 @@ def attend(
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
-    if plan.splits > 1 and (plan.splits * num_nodes > len(scratch.part) or counters > len(scratch.arrived)):
+    too_many = plan.rows <= MERGING_ROWS and counters > len(scratch.arrived)
+    if plan.splits > 1 and (plan.splits * num_nodes > len(scratch.part) or too_many):
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]

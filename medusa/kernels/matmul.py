@@ -18,6 +18,7 @@ import triton.language as tl
 from medusa.kernels.launch import await_inputs, options
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
+LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 
@@ -146,7 +147,7 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
     """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's
     own product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory
     with elements of 16 bits."""
-    if num_rows > LIBRARY_ROWS:
+    if num_rows > LIBRARY_ROWS or num_out * size >= LARGEST_MATRIX:
         return None
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
     if may_split and size >= 1024:
@@ -190,7 +191,7 @@ def matmul(
     _matmul[grid](
         x, weight, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -218,7 +219,7 @@ def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles
     _gated[grid](
         x, weight, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -226,3 +227,8 @@ def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles
 def _precision(x: torch.Tensor) -> str:
     """float32 products are exact to float32; Triton's default for them would be tf32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _stages(tiles: Tiles, x: torch.Tensor) -> int:
+    """Elements of 32 bits take twice the shared memory: half as many tiles are under way."""
+    return max(1, tiles.stages * 2 // x.element_size())
