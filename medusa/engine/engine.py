@@ -28,6 +28,7 @@ from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
 from medusa.growth import grown_tree
 from medusa.model import Backbone
+from medusa.quantization import Quantization
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
@@ -90,7 +91,7 @@ class Engine:
             max_pages=self._limits.table_width,
             dtype=backbone.dtype,
             device=backbone.device,
-            salt=f"{backbone.name} {backbone.dtype}",
+            salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
         )
         self._scheduler = Scheduler(
             self._cache,
@@ -121,12 +122,17 @@ class Engine:
         speculation: Speculation = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
+        quantization: Quantization | None = None,
     ) -> Engine:
         """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding.
 
-        Raises UnsupportedModelError, CheckpointError, CheckpointMismatchError, or ValueError for a bad argument.
+        `quantization`: the decoder's weights in one byte each, "int8" or "fp8" (medusa/quantization.py). Replies are
+        then another model's, close to the backbone's; speculation is lossless against that model.
+
+        Raises UnsupportedModelError, QuantizationError, CheckpointError, CheckpointMismatchError, or ValueError for a
+        bad argument.
         """
-        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype)
+        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype, quantization=quantization)
         checkpoint = load_checkpoint(Path(heads), model) if heads is not None else None
         return cls(
             model,

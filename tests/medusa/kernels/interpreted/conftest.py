@@ -30,6 +30,7 @@ LAUNCHES = {
     "compact": ["compact"],
     "topk": ["topk"],
     "growth": ["grow_trees"],
+    "matmul": ["matmul", "gated", "product"],
 }
 
 
