@@ -117,10 +117,10 @@ CASES: list[Case] = [
 
 
 def quantized_cases() -> list[Case]:
-    """The products with weights of one byte, of every plan that a 7B model's shapes are given. fp8 is for sm_90 alone."""
+    """Products with weights of one byte, of every plan that a 7B model's shapes are given; fp8 is for sm_90 alone."""
     cases: dict[tuple[object, ...], Case] = {}
     types = {"X": "*bf16", "BIAS": "*bf16", "OUT": "*bf16"}
-    for values, rows in itertools.product(("*i8", "*fp8e4nv"), (1, 17, 33, 65, 129)):
+    for values, rows in [*(("*i8", rows) for rows in (1, 17, 33, 65, 129)), ("*fp8e4nv", 1), ("*fp8e4nv", 65)]:
         for (num_out, size), may_split in itertools.product(
             ((6144, 4096), (22016, 4096), (4096, 11008)), (False, True)
         ):
