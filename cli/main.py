@@ -18,6 +18,7 @@ from cli.demo import demo
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
 from medusa.model import ModelNotFoundError, UnsupportedModelError
+from medusa.quantization import QuantizationError
 from pipelines.artifact import DamagedStepError, StepMissingError, TryAgain
 from pipelines.bench import EvaluateError
 from pipelines.calibrate import CalibrateError
@@ -36,6 +37,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (MlflowUnavailable, TRY_AGAIN),
     (ConfigError, USAGE),
     (UnsupportedModelError, USAGE),
+    (QuantizationError, USAGE),
     (CheckpointError, USAGE),
     (ModelNotFoundError, USAGE),
     (StepMissingError, USAGE),
@@ -59,6 +61,7 @@ app = typer.Typer(
 pipeline.add_commands(app)
 registry.add_commands(app)
 serving.add_commands(app)
+app.add_typer(bench.app, name="bench")
 app.command()(demo)
 app.add_typer(bench.app, name="bench")
 

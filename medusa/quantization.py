@@ -2,8 +2,8 @@
 
 A row w of a weight (one output channel) becomes v, of one byte a value, and a float32 scale s; w is then about s * v:
 
-    int8   s = max|w| / 127, v = w / s rounded to the nearest integer, ties to even   |w - s v| <= s / 2
-    fp8    s = max|w| / 448, v = w / s rounded to the nearest e4m3, ties to even      |w - s v| <= max(|w| / 16, s / 1024)
+    int8   s = max|w| / 127, v = w / s rounded to the nearest integer, ties to even  error <= s / 2
+    fp8    s = max|w| / 448, v = w / s rounded to the nearest e4m3, ties to even     error <= max(|w| / 16, s / 1024)
 
 both symmetric: zero stays zero. s is at least the smallest normal float32, which is what a row of zeros gets. All is
 computed in float32; that adds a few units in its last place to the bounds. A product is (x @ v.T) * s, summed in

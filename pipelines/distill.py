@@ -36,6 +36,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa import Engine
 from medusa.config import strict, to_dict
 from medusa.model import model_directory, weights_digest
+from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
 from pipelines.answering import ReplyConfig
 from pipelines.artifact import StepDir, StepOutput, open_step
@@ -66,7 +67,8 @@ class DistillConfig(ReplyConfig):
     `num_actors` null: one a GPU of the cluster as it is, or one if there is none. `gpus_per_actor` null: 1
     where there are GPUs. `heads` is a Medusa checkpoint of this backbone, which makes it faster and changes
     no token (in float32). The run stops when more than `max_failed` of all conversations fail, or when a
-    block has ended its worker `max_attempts` times.
+    block has ended its worker `max_attempts` times. `quantization` needs `quantized_teacher` beside it: the replies
+    are then those of another model than the one that the heads are trained on.
     """
 
     rows_per_block: int = 64
@@ -79,6 +81,8 @@ class DistillConfig(ReplyConfig):
     kv_cache_gb: float | None = None
     max_failed: float = 0.5
     max_attempts: int = 5
+    quantization: Quantization | None = None
+    quantized_teacher: bool = False
 
     def __post_init__(self) -> None:
         ReplyConfig.__post_init__(self)
@@ -87,6 +91,11 @@ class DistillConfig(ReplyConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_actors is not None and self.num_actors < 1:
             raise ValueError(f"num_actors must be at least 1, or null to go by the cluster, got {self.num_actors}")
+        if self.quantization is not None and not self.quantized_teacher:
+            raise ValueError(
+                f"quantization={self.quantization!r} makes the teacher another model than the one that heads are "
+                "trained on; leave it out, or set quantized_teacher=true to have its replies all the same"
+            )
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"max_failed is a fraction from 0 to 1, got {self.max_failed}")
 
@@ -94,6 +103,8 @@ class DistillConfig(ReplyConfig):
     def meaning(self) -> dict[str, Any]:
         """What decides the rows and their files; the rest (workers, batch size) may change at a restart."""
         names = {"max_model_len", "rows_per_block", *ReplyConfig.__dataclass_fields__}
+        if self.quantization is not None:
+            names.add("quantization")
         return {name: value for name, value in to_dict(self).items() if name in names}
 
     @property
@@ -261,6 +272,7 @@ def _engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], E
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,
         kv_cache_gb=config.kv_cache_gb,
+        quantization=config.quantization,
     )
 
 
