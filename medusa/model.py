@@ -25,7 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from medusa.quantization import Quantization, QuantizationError, quantize_linears
+from medusa.quantization import Quantization, QuantizationError
+from medusa.quantized_linear import quantize_linears
 
 TREE_ATTENTION = "medusa_tree"
 # RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.

@@ -20,7 +20,8 @@ from rich.console import Console
 from medusa import Engine, SamplingParams
 from medusa.config import strict
 from medusa.model import Backbone
-from medusa.quantization import Quantization, QuantizedLinear, check_device, dequantize
+from medusa.quantization import Quantization, check_device, dequantize
+from medusa.quantized_linear import QuantizedLinear
 from medusa.tokenizer import ChatTokenizer
 from pipelines.answering import reply_seed
 from pipelines.progress import track

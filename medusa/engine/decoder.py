@@ -22,7 +22,8 @@ from medusa.kernels.matmul import Weight, gated, plan_gated_of, plan_of, product
 from medusa.kernels.norm import add_norm
 from medusa.kernels.rope import rope_write
 from medusa.model import Backbone
-from medusa.quantization import QuantizedLinear, QuantizedWeight
+from medusa.quantization import QuantizedWeight
+from medusa.quantized_linear import QuantizedLinear
 
 FUSED_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -15,15 +15,14 @@ from medusa.kernels.linear import pack
 from medusa.model import Backbone
 from medusa.quantization import (
     QuantizationError,
-    QuantizedLinear,
     QuantizedWeight,
     check_device,
     dequantize,
     error_bound,
     linear,
     quantize,
-    quantize_linears,
 )
+from medusa.quantized_linear import QuantizedLinear, quantize_linears
 from medusa.tokenizer import ChatTokenizer
 from tests.medusa.engine.support import TREES, checkpoint_of, install_oracle, random_prompts
 

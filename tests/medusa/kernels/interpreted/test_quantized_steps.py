@@ -12,7 +12,8 @@ from medusa.engine.decoder import FusedDecoder, fuse
 from medusa.engine.graph_runner import GraphRunner
 from medusa.kernels.matmul import plan_gated_of
 from medusa.model import Backbone
-from medusa.quantization import QuantizedLinear, QuantizedWeight
+from medusa.quantization import QuantizedWeight
+from medusa.quantized_linear import QuantizedLinear
 from medusa.tokenizer import ChatTokenizer
 from tests.medusa.engine.support import TREES, checkpoint_of, random_prompts
 
