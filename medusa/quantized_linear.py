@@ -1,7 +1,7 @@
 """Linear layers of quantised weights, and a decoder whose linear layers are all replaced by them.
 
-By a module in the layer's place every way of running the model is served: transformers' own forward (the
-reference runner, scores of given texts), other families than the fused one, and the fused decoder, which reads the modules' bytes.
+By a module in the layer's place every way of running the model is served: transformers' own forward (the reference
+runner, scores of given texts), families that are not fused, and the fused decoder, which reads the modules' bytes.
 """
 
 from __future__ import annotations
