@@ -63,7 +63,6 @@ registry.add_commands(app)
 serving.add_commands(app)
 app.add_typer(bench.app, name="bench")
 app.command()(demo)
-app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:
