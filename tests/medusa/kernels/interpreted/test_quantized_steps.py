@@ -88,7 +88,7 @@ def test_fused_layers_share_the_modules_bytes(tiny_llama):
 
 @cpu_only
 def test_many_rows_of_a_gated_product_take_two_launches(tiny_llama, monkeypatch):
-    """Where no gated plan is (a prompt of 70 is padded to 128), gate and up are one quantised product, then gated; nothing falls back on a whole copy."""
+    """A prompt of 70 is padded to 128 rows: gate and up are one quantised product, then gated, without a whole copy."""
     monkeypatch.setattr(torch, "mm", None)
     prompt, params = random_prompts([70]), SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     replies = []
