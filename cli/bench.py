@@ -6,6 +6,7 @@ import typer
 
 from benchmarks.decode import decode
 from benchmarks.trees import trees
+from cli.bench_distill import distill
 from cli.quantization import quantization
 
 app = typer.Typer(
@@ -15,3 +16,4 @@ app = typer.Typer(
 app.command()(decode)
 app.command()(trees)
 app.command()(quantization)
+app.command()(distill)

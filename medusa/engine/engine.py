@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from medusa.adapter import load_with_adapter
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
 from medusa.engine.kv_cache import KVCache
@@ -27,6 +28,7 @@ from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
 from medusa.growth import grown_tree
+from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.quantization import Quantization
 from medusa.sampling import MAX_SEED, SamplingParams
@@ -124,7 +126,8 @@ class Engine:
         step_times: StepTimes | None = None,
         quantization: Quantization | None = None,
     ) -> Engine:
-        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding.
+        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
+        the checkpoint has an adapter, `backbone` is its base or the two merged.
 
         `quantization`: the decoder's weights in one byte each, "int8" or "fp8" (medusa/quantization.py). Replies are
         then another model's, close to the backbone's; speculation is lossless against that model.
@@ -132,8 +135,12 @@ class Engine:
         Raises UnsupportedModelError, QuantizationError, CheckpointError, CheckpointMismatchError, or ValueError for a
         bad argument.
         """
-        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype, quantization=quantization)
-        checkpoint = load_checkpoint(Path(heads), model) if heads is not None else None
+        if heads is None:
+            model = Backbone.from_pretrained(backbone, device=device, dtype=dtype, quantization=quantization)
+            checkpoint = None
+        else:
+            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype, quantization=quantization)
+            checkpoint = load_checkpoint(Path(heads), model)
         return cls(
             model,
             ChatTokenizer.from_pretrained(backbone),
@@ -258,9 +265,10 @@ class Engine:
         return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
-        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
         limits = self._limits
-        if self.backbone.device.type != "cuda":
+        parallel = self.checkpoint is None or isinstance(self.checkpoint.heads, MedusaHeads)
+        if self.backbone.device.type != "cuda" or not parallel:
             return Runner(
                 self.backbone,
                 self.checkpoint,

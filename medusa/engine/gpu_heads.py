@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
 from medusa.kernels.topk import TopkScratch, topk
@@ -19,7 +19,9 @@ from medusa.model import Backbone
 class GpuHeads:
     """`heads` over static buffers for batches of up to `max_batch_size`. The plain twin is `MedusaHeads.guess`."""
 
-    def __init__(self, heads: MedusaHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
+    def __init__(self, heads: DraftHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
+        if not isinstance(heads, MedusaHeads):
+            raise TypeError(f"a GPU step guesses by Medusa heads, not by {type(heads).__name__}")
         config, device = heads.config, backbone.device
         self._heads, self._backbone = heads, backbone
         self._first_weight, self._first_bias = _joined_blocks(heads)
