@@ -1,4 +1,4 @@
-"""`medusa bench ...`: measurements of the whole, each of them a file of benchmarks/."""
+"""`medusa bench ...`: measurements of the whole, most of them a file of benchmarks/."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import typer
 from benchmarks.decode import decode
 from benchmarks.trees import trees
 from cli.bench_distill import distill
+from cli.quantization import quantization
 
 app = typer.Typer(
     help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
@@ -14,4 +15,5 @@ app = typer.Typer(
 )
 app.command()(decode)
 app.command()(trees)
+app.command()(quantization)
 app.command()(distill)

@@ -32,6 +32,7 @@ from medusa import Engine, Typical
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, strict, to_dict, validate
 from medusa.digests import directory_digest
+from medusa.quantization import Quantization
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class ServerConfig:
     max_model_len: int | None = None
     kv_cache_gb: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantization: Quantization | None = None  # the decoder's weights in one byte each; replies are another model's
     device: str | None = None  # None: cuda where this process (or the cluster) has a GPU
     # limits
     max_queued_requests: int = 256  # replies that may wait in a replica; more are answered 429
@@ -123,8 +125,10 @@ def load_service(config: ServerConfig, *, send_request_id: bool = True) -> tuple
         kv_cache_gb=config.kv_cache_gb,
         speculation=config.speculation,
         acceptance=config.acceptance,
+        quantization=config.quantization,
     )
     running = AsyncEngine(engine, max_queued=config.max_queued_requests, stall_timeout_s=config.stall_timeout_s)
+    named = digest or engine.backbone.digest
     api = build_api(
         running,
         engine.tokenizer,
@@ -134,8 +138,9 @@ def load_service(config: ServerConfig, *, send_request_id: bool = True) -> tuple
             "backbone_digest": engine.backbone.digest,
             "heads_version": config.heads_version,
             "heads_digest": digest,
+            "quantization": config.quantization,
         },
-        fingerprint=f"medusa-{(digest or engine.backbone.digest).removeprefix('sha256:')[:12]}",
+        fingerprint="-".join(filter(None, (f"medusa-{named.removeprefix('sha256:')[:12]}", config.quantization))),
         max_body_bytes=config.max_body_bytes,
         send_request_id=send_request_id,
     )

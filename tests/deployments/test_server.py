@@ -19,13 +19,14 @@ import openai
 import psutil
 import pytest
 import yaml
+from fastapi.testclient import TestClient
 
 from deployments import server
 from deployments.async_engine import EngineUnavailable
 from deployments.server import MedusaServer, ServerConfig, build_app, load_service
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError
-from medusa.config import ConfigError, load_config, to_dict
+from medusa.config import ConfigError, load_config, to_dict, validate
 from medusa.digests import directory_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,29 @@ def test_heads_of_another_digest_are_not_served(tiny_llama, tiny_heads):
     config = ServerConfig(model=str(tiny_llama), heads=str(tiny_heads), heads_digest="0" * 64)
     with pytest.raises(CheckpointMismatchError, match=f"{directory_digest(tiny_heads)}.*{'0' * 64}"):
         load_service(config)
+
+
+def test_a_quantised_service_says_that_it_is(tiny_llama, tiny_heads):
+    config = validate(
+        ServerConfig,
+        {"model": str(tiny_llama), "heads": str(tiny_heads), "speculation": "off", "quantization": "int8"},
+        source="test",
+    )
+    running, api = load_service(config)
+    try:
+        with TestClient(api) as client:
+            assert client.get("/version").json()["quantization"] == "int8"
+            body = {"model": config.served_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+            reply = client.post("/v1/chat/completions", json=body).json()
+        assert running._engine.backbone.quantization == "int8"
+        assert re.fullmatch("medusa-[0-9a-f]{12}-int8", reply["system_fingerprint"])
+    finally:
+        running.close()
+
+
+def test_an_unknown_quantisation_is_refused_with_what_is_allowed():
+    with pytest.raises(ConfigError, match=r"quantization.*int8.*fp8"):
+        validate(ServerConfig, {"model": "m", "quantization": "int4"}, source="test")
 
 
 async def test_a_replica_is_as_healthy_as_its_engine(tiny_llama):

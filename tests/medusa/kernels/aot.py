@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,7 +26,8 @@ from triton.runtime.jit import JITFunction
 import medusa.kernels
 from medusa.kernels.attention import AHEAD_SPLITS, MERGING_ROWS
 from medusa.kernels.attention_plan import AttentionPlan
-from medusa.kernels.matmul import Tiles, plan_gated, plan_product
+from medusa.kernels.matmul import Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
+from medusa.quantization import QuantizedWeight
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
 
@@ -34,7 +36,7 @@ POINTERS = {
     "*i32": "ROWS COUNT DEPTH RANK NUM_GUESSED LIVE ROW NODE VALID START MIN_TOKENS NUM_OUTPUT TOP_K REMAINING PARENT "
     "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT ARRIVED",
     "*i64": "ROOT GUESSES LENGTH TOKENS POSITION STOP SEED CHOICE BEST SAMPLED SAMPLES OUT PAIRS TOKEN_MAP BITS",
-    "*fp32": "TEMPERATURE TOP_P MIN_P CUT_VALUE SUMS LOGPROB SCORE",
+    "*fp32": "SCALE TEMPERATURE TOP_P MIN_P CUT_VALUE SUMS LOGPROB SCORE",
     "*u8": "KEPT",
 }
 STRIDES = {"plane": "i64"} | dict.fromkeys(
@@ -139,12 +141,12 @@ def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
         types["OUT"] = "*fp32" if tiles.splits > 1 else "*bf16"
         if not constants["HAS_BIAS"]:
             constants["BIAS"] = None
-    constants = shape | {"EVEN": True, "PRECISION": "tf32"} | constants
+    constants = shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32"} | constants
     return Case(kernel, constants, types, tiles.warps, tiles.stages)
 
 
 def attentions() -> list[Case]:
-    """Attention as `AttentionPlan.of` cuts it: trees whose keys the launch writes itself or finds written, and chains."""
+    """Attention as `AttentionPlan.of` cuts it: trees whose keys the launch writes itself or finds, and chains."""
     cases: dict[str, Case] = {}
     for model, capability, batch, most in itertools.product(MODELS, PROCESSORS, (1, 4, 16, 64, 256), MOST_NODES):
         group = model.heads // model.groups
@@ -256,6 +258,36 @@ CASES: list[Case] = [
 ]
 
 
+def quantized_cases() -> list[Case]:
+    """Products with weights of one byte, of every plan that a 7B model's shapes are given; fp8 is for sm_90 alone."""
+    cases: dict[tuple[object, ...], Case] = {}
+    types = {"X": "*bf16", "BIAS": "*bf16", "OUT": "*bf16"}
+    for values, rows in [*(("*i8", rows) for rows in (1, 17, 33, 65, 129)), ("*fp8e4nv", 1), ("*fp8e4nv", 65)]:
+        for (num_out, size), may_split in itertools.product(
+            ((6144, 4096), (22016, 4096), (4096, 11008)), (False, True)
+        ):
+            tiles = plan_quantized(rows, num_out, size, may_split=may_split)
+            per = size // tiles.splits
+            constants = tile_constants(tiles) | {"K": size, "PER": per, "HAS_BIAS": not may_split}
+            its_types = types | {"W": values} | ({"OUT": "*fp32"} if tiles.splits > 1 else {})
+            case = Case("matmul._matmul", constants, its_types, tiles.warps, tiles.stages)
+            cases[values, tiles, may_split] = case
+        gated = plan_gated_of(
+            rows, QuantizedWeight(torch.empty(22016, 4096, dtype=torch.int8, device="meta"), torch.ones(1))
+        )
+        if gated is not None:
+            constants = tile_constants(gated) | {"K": 4096}
+            cases[values, gated] = Case("matmul._gated", constants, types | {"W": values}, gated.warps, gated.stages)
+    return list(cases.values())
+
+
+def tile_constants(tiles: Tiles) -> dict[str, object]:
+    return {"BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns, "EVEN": True, "PRECISION": "tf32"}
+
+
+QUANTIZED_CASES = quantized_cases()
+
+
 def kernels() -> dict[str, JITFunction]:
     """Every kernel of medusa/kernels: the jitted functions defined there that are no other's helper."""
     found: dict[str, JITFunction] = {}
@@ -295,10 +327,13 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
 
 
 def main() -> None:
-    listed = {case.kernel for case in CASES}
+    every = CASES + QUANTIZED_CASES
+    listed = {case.kernel for case in every}
     print(json.dumps({"kernels": sorted(kernels()), "listed": sorted(listed)}))
-    for case in CASES if not sys.argv[1:] else [case for case in CASES if case.kernel in sys.argv[1:]]:
+    for case in every if not sys.argv[1:] else [case for case in every if case.kernel in sys.argv[1:]]:
         for capability, pdl in ((80, False), (90, True)):
+            if capability == 80 and case.types.get("W") == "*fp8e4nv":
+                continue  # refused there by name (medusa/quantization.py)
             print(json.dumps(compile_case(case, capability, pdl)), flush=True)
 
 

@@ -31,7 +31,7 @@ LAUNCHES = {
     "topk": ["topk"],
     "growth": ["grow_trees"],
     "attention": ["attend"],
-    "matmul": ["matmul", "gated"],
+    "matmul": ["matmul", "gated", "product"],
     "norm": ["add_norm"],
     "rope": ["rope_write"],
     "gate": ["silu_mul"],
