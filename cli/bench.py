@@ -6,6 +6,7 @@ import typer
 
 from benchmarks.decode import decode
 from benchmarks.trees import trees
+from cli.bench_distill import distill
 
 app = typer.Typer(
     help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
@@ -13,3 +14,4 @@ app = typer.Typer(
 )
 app.command()(decode)
 app.command()(trees)
+app.command()(distill)

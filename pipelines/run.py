@@ -18,13 +18,14 @@ from rich.console import Console
 from medusa.config import ConfigError, load_config, strict
 from medusa.model import Backbone
 from pipelines import progress
+from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
-from pipelines.distill import DistillConfig, distill
+from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
 from pipelines.quality import QualityConfig, measure_quality
-from pipelines.register import RegisterConfig, champion_folder, register
+from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainConfig, train, trained_backbone
 
@@ -56,11 +57,15 @@ class ModelConfig:
 @strict
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """One pipeline: `root` holds its steps' folders, everything else is the config of a step."""
+    """One pipeline: `root` holds its steps' folders, everything else is the config of a step.
+
+    `heads` is a checkpoint folder that the train step takes as it is instead of training (pipelines/adopt.py).
+    """
 
     name: str
     root: str = "runs"
     model: ModelConfig
+    heads: str | None = None
     prompts: PromptsConfig
     distill: DistillConfig
     train: TrainConfig
@@ -119,6 +124,14 @@ def run_pipeline(
         return outputs
 
 
+def _with_champion(context: RunContext, config: PipelineConfig) -> DistillConfig:
+    """distill.heads "champion" as the folder of today's champion, or none while there is no champion to use."""
+    if config.distill.heads != CHAMPION:
+        return config.distill
+    folder = champion_for(context, config.register, config.model.backbone)
+    return replace(config.distill, heads=None if folder is None else str(folder))
+
+
 def _serving(context: RunContext, trained: StepOutput) -> RunContext:
     """With the backbone that the trained heads run on: the same, or the merged one of a joint training."""
     backbone = trained_backbone(trained, context.model.backbone)
@@ -132,7 +145,9 @@ def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: 
         case "prompts":
             return prepare_prompts(context, config.prompts)
         case "distill":
-            return distill(context, config.distill, outputs["prompts"])
+            return distill(context, _with_champion(context, config), outputs["prompts"])
+        case "train" if config.heads is not None:
+            return adopt(context, Path(config.heads))
         case "train":
             return train(context, config.train, outputs["distill"])
         case "calibrate":

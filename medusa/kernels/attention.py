@@ -1,7 +1,7 @@
 """Tree attention over pages on a GPU: every node looks at its sequence's committed tokens and at its ancestors.
 
-Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as rows
-of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
+Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as
+rows of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
 log-sum-exp, in their order: of small tiles by the program that arrives last, of larger ones in a second launch. A tree
 of one node is plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
 `medusa.kernels.tree_attention`.
@@ -357,9 +357,10 @@ def attend(
         visible.bits_RNW, visible.depth_RN, *angles, query_norm, key_norm, out_MHD, scratch.part, scratch.lse,
         scratch.arrived, eps, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
         out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
-        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits, tiles, H=heads,
-        GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, WHOLE=whole,
-        MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits,
+        tiles, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
+        PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows, BN=plan.columns,
+        BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),

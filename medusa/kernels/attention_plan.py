@@ -16,8 +16,8 @@ MAX_ROWS = 64  # query rows of a tile
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, the most nodes
-    that one sequence brings and how many of them a tile takes, warps and pipeline stages."""
+    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, the most
+    nodes that one sequence brings and how many of them a tile takes, warps and pipeline stages."""
 
     splits: int
     rows: int
