@@ -18,6 +18,7 @@ No Ray, no MLflow: torch, transformers, peft and safetensors.
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import sys
@@ -263,9 +264,20 @@ def run_train(arguments: argparse.Namespace) -> None:
         say(f"--- {name}: {RECIPES[name].about}")
         result = train_and_evaluate(name, RECIPES[name], replies, arguments)
         (arguments.work / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        say(json.dumps({key: result[key] for key in ("training", "quality") if key in result}))
-        say(json.dumps(result["tokens_per_step"]))
+        say_result(result)
+        gc.collect()  # an engine and its graphs are a circle of references
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     run_table(arguments)
+
+
+def say_result(result: dict[str, Any]) -> None:
+    training = result["training"]
+    say(f"loss {training['first_record']['loss']:.3f} -> {training['last_record']['loss']:.3f}")
+    for name, found in result["tokens_per_step"].items():
+        say(f"{name}: {found['tokens_per_step']:.3f} tokens a step, top-1 {found['top1']}")
+    for name, found in result.get("quality", {}).items():
+        say(f"{name}: KL {found['kl']:.4f}, perplexity {found['perplexity_ratio']:.4f} of the base's")
 
 
 def train_and_evaluate(
