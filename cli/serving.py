@@ -40,7 +40,8 @@ def serve(
 
     Example: `medusa serve --model models:/medusa-chat-8m@champion --tracking-uri sqlite:///runs/demo/mlflow.db`
     """
-    from deployments.server import ServerConfig, serve_local, serve_without_ray
+    from deployments.config import ServerConfig
+    from deployments.local import serve_local, serve_without_ray
 
     console = Console()
     served = served_model(model, heads, backbone, tracking_uri)

@@ -1,221 +1,133 @@
-"""Answers in OpenAI's shapes, made from the engine's outputs: whole ones, and the chunks of a stream.
-
-Beyond OpenAI's fields: `usage.medusa` tells what speculation gained, and a choice carries its `seed`, which
-draws the same reply again. A null that a client expects is set; a field that is not set is left out.
-"""
+"""Answers in OpenAI's shapes, made from the engine's outputs; and the usage they tell."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import BaseModel
-
+from deployments.answers import (
+    Answer,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    ChunkAcceptance,
+    MedusaUsage,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    Usage,
+)
+from deployments.streams import HeadsVersion
+from deployments.token_texts import TokenTexts
 from medusa import Completion, Output, TokenLogprob
 from medusa.engine.sequence import FinishReason
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
-class MedusaUsage(BaseModel):
-    """`accepted_tokens` came out of `steps` decode steps (not the prefill's token); their ratio is the mean.
+class Tally:
+    """The usage of one HTTP request over all of its replies, in tokens: a chunk may carry several.
 
-    `accepted_per_depth[d]` counts the steps that kept a guess of head d.
+    `log` gets the same figures for the request's log line, when they are final.
     """
 
-    steps: int
-    accepted_tokens: int
-    mean_acceptance_length: float
-    accepted_per_depth: list[int]
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    medusa: MedusaUsage | None = None
-
-
-class ChatLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(ChatLogprob):
-    top_logprobs: list[ChatLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class Choice(BaseModel):
-    index: int
-    finish_reason: FinishReason | None
-    seed: int | None = None
-
-
-class ChatChoice(Choice):
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-
-
-class ChatChunkChoice(Choice):
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-
-
-class TextChoice(Choice):
-    text: str
-    logprobs: TextLogprobs | None
-
-
-class Answer(BaseModel):
-    id: str
-    object: str
-    created: int
-    model: str
-    system_fingerprint: str | None
-    choices: Sequence[Any]
-    usage: Usage | None = None
-
-    def to_json(self) -> str:
-        return self.model_dump_json(exclude_unset=True)
-
-
-class ChatCompletion(Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-
-
-class ChatCompletionChunk(Answer):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
-
-
-class TextCompletion(Answer):
-    """Whole or a chunk: the older API gives both one name."""
-
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
-
-
-class Tally:
-    """The usage of one HTTP request over all of its replies, in tokens: a chunk may carry several."""
-
-    def __init__(self, prompt_tokens: int) -> None:
+    def __init__(self, prompt_tokens: int, heads: HeadsVersion, log: MutableMapping[str, Any] | None = None) -> None:
         self.prompt_tokens = prompt_tokens
+        self._heads = heads
+        self._log = log if log is not None else {}
         self._tokens: dict[int, int] = {}
+        self._decoded: dict[int, tuple[int, int]] = {}  # tokens of decode steps, and those steps
         self._finished: list[Completion] = []
 
     def add(self, choice: int, output: Output) -> None:
-        self._tokens[choice] = self._tokens.get(choice, 0) + len(output.token_ids)
-        if output.finished is not None:
-            self._tokens[choice] = len(output.finished.token_ids)
-            self._finished.append(output.finished)
+        before = self._tokens.get(choice, 0)
+        decoded, steps = self._decoded.get(choice, (0, 0))
+        gained = len(output.token_ids) - (before == 0)  # a reply's first token is the prefill's
+        self._tokens[choice] = before + len(output.token_ids)
+        self._decoded[choice] = (decoded + gained, steps + gained - output.num_draft_accepted)
+        if (end := output.finished) is not None:
+            self._tokens[choice] = len(end.token_ids)
+            self._decoded[choice] = (sum(end.accepted_per_step), end.num_steps)
+            self._finished.append(end)
 
     def so_far(self) -> Usage:
+        tokens, steps = (sum(column) for column in zip(*self._decoded.values(), strict=True))
+        return self._usage(tokens, steps)
+
+    def total(self) -> Usage:
+        accepted = [count for completion in self._finished for count in completion.accepted_per_step]
+        usage = self._usage(sum(accepted), len(accepted))
+        depths = range(1, max(accepted, default=1))
+        usage.medusa.accepted_per_depth = [sum(count > depth for count in accepted) for depth in depths]
+        self._log |= {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "steps": usage.medusa.steps,
+            "heads_version": self._heads.version,
+            "finish_reasons": [completion.finish_reason for completion in self._finished],
+        }
+        return usage
+
+    def _usage(self, decoded: int, steps: int) -> Usage:
         completion_tokens = sum(self._tokens.values())
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
+            medusa=MedusaUsage(
+                steps=steps,
+                accepted_tokens=decoded,
+                mean_acceptance_length=decoded / steps if steps else 1.0,
+                heads_version=self._heads.version,
+            ),
         )
 
-    def total(self) -> Usage:
-        usage = self.so_far()
-        accepted = [count for completion in self._finished for count in completion.accepted_per_step]
-        usage.medusa = MedusaUsage(
-            steps=len(accepted),
-            accepted_tokens=sum(accepted),
-            mean_acceptance_length=sum(accepted) / len(accepted) if accepted else 1.0,
-            accepted_per_depth=[
-                sum(count > depth for count in accepted) for depth in range(1, max(accepted, default=1))
-            ],
-        )
-        return usage
 
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every part of an answer says, and the texts of tokens."""
 
-class TokenTexts:
-    """The text and bytes of single tokens, for logprobs; `hf` is the Hugging Face tokenizer."""
+    reply_id: str
+    created: int
+    model: str
+    fingerprint: str | None
+    texts: TokenTexts
 
-    def __init__(self, hf: Any) -> None:
-        self._hf = hf
-        self._is_byte_level = hf.convert_tokens_to_string(["Ġ"]) == " "
-        self._added = set(hf.get_added_vocab().values())
-
-    def to_bytes(self, token_id: int) -> bytes:
-        token = self._hf.convert_ids_to_tokens(token_id)
-        if token is None:  # models pad their vocabulary beyond the tokenizer's
-            return b""
-        if token_id in self._added:
-            return token.encode()
-        if self._is_byte_level:
-            return bytes(_BYTE_OF[character] for character in token)
-        if fallback := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-            return bytes.fromhex(fallback[1])
-        return token.replace("▁", " ").encode()
-
-    def to_text(self, token_id: int) -> str:
-        """Half a character is shown as OpenAI shows it, such as `bytes:\\xe2\\x80`."""
-        raw = self.to_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's: printable bytes stand for themselves, the others for the characters from 256 on."""
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+    def fields(self) -> dict[str, Any]:
+        return {
+            "id": self.reply_id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
 
 class _Reply:
     """One HTTP request's answer: what its chunks and its whole form share."""
 
-    def __init__(self, *, reply_id: str, created: int, model: str, fingerprint: str | None, texts: TokenTexts) -> None:
-        self._head: dict[str, Any] = {
-            "id": reply_id,
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        self._texts = texts
+    def __init__(self, head: Head) -> None:
+        self._head = head.fields()
+        self._texts = head.texts
+
+
+def _acceptance(output: Output, include: bool) -> dict[str, Any]:
+    if not include:
+        return {}
+    return {"medusa": ChunkAcceptance(tokens=len(output.token_ids), accepted=output.num_draft_accepted)}
 
 
 class ChatReply(_Reply):
-    def __init__(self, **head: Any) -> None:
-        super().__init__(**head)
+    prefix = "chatcmpl"
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head)
         self._opened: set[int] = set()
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
@@ -231,12 +143,13 @@ class ChatReply(_Reply):
         ]
         return ChatCompletion(object="chat.completion", choices=choices, usage=usage, **self._head)
 
-    def chunks(self, choice: int, output: Output) -> Iterator[Answer]:
+    def chunks(self, choice: int, output: Output, *, include_acceptance: bool = False) -> Iterator[Answer]:
         if choice not in self._opened:
             self._opened.add(choice)
             yield self._chunk(choice, ChatDelta(role="assistant", content=""))
         if output.text or output.logprobs:
-            yield self._chunk(choice, ChatDelta(content=output.text), self._logprobs(output.logprobs))
+            extra = _acceptance(output, include_acceptance)
+            yield self._chunk(choice, ChatDelta(content=output.text), self._logprobs(output.logprobs), **extra)
         if (end := output.finished) is not None:
             yield self._chunk(choice, ChatDelta(), finish_reason=end.finish_reason, seed=end.seed)
 
@@ -276,8 +189,10 @@ class ChatReply(_Reply):
 
 
 class TextReply(_Reply):
-    def __init__(self, **head: Any) -> None:
-        super().__init__(**head)
+    prefix = "cmpl"
+
+    def __init__(self, head: Head) -> None:
+        super().__init__(head)
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
@@ -293,10 +208,11 @@ class TextReply(_Reply):
         ]
         return TextCompletion(object="text_completion", choices=choices, usage=usage, **self._head)
 
-    def chunks(self, choice: int, output: Output) -> Iterator[Answer]:
+    def chunks(self, choice: int, output: Output, *, include_acceptance: bool = False) -> Iterator[Answer]:
         if output.text or output.logprobs:
             logprobs = self._logprobs(choice, output.logprobs)
-            yield self._chunk(index=choice, text=output.text, logprobs=logprobs, finish_reason=None)
+            extra = _acceptance(output, include_acceptance)
+            yield self._chunk(index=choice, text=output.text, logprobs=logprobs, finish_reason=None, **extra)
         if (end := output.finished) is not None:
             yield self._chunk(index=choice, text="", logprobs=None, finish_reason=end.finish_reason, seed=end.seed)
 

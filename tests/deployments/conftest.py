@@ -19,6 +19,7 @@ from medusa.engine.sequence import Output, Sequence
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 
+PAGES_EACH = 4  # of 64 tokens: the context of 256
 REPLY = "Two words, und ein paar Umlaute: äöü, €, 🙂 and a Stop here. "
 
 
@@ -42,6 +43,8 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.threads: set[int] = set()
         self.aborted: list[str] = []
+        self.tokens_depend_on_heads = False
+        self.swapped: list[object] = []
         self._sequences: list[Sequence] = []
         self._steps = 0
 
@@ -89,6 +92,13 @@ class ScriptedEngine:
         self.aborted.append(request_id)
         self._sequences = [sequence for sequence in self._sequences if sequence.request_id != request_id]
 
+    def swap_heads(self, checkpoint: object) -> None:
+        self.threads.add(threading.get_ident())
+        assert not (self.tokens_depend_on_heads and self._sequences)
+        if isinstance(checkpoint, Exception):
+            raise checkpoint
+        self.swapped.append(checkpoint)
+
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
 
@@ -101,7 +111,7 @@ class ScriptedEngine:
             prefill_tokens=0,
             decode_tokens=0,
             pages_used=running,
-            pages_total=self.max_batch_size,
+            pages_total=self.max_batch_size * PAGES_EACH,
             tree_size=self.width,
         )
 

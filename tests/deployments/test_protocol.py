@@ -7,7 +7,9 @@ import logging
 import pytest
 from pydantic import ValidationError
 
-from deployments.protocol import ChatCompletionRequest, CompletionRequest, explain
+from deployments.chat_protocol import ChatCompletionRequest
+from deployments.fields import explain
+from deployments.protocol import CompletionRequest
 from medusa import SamplingParams
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -145,9 +147,10 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "5 and max_completion_tokens 6 differ"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hello"}, "messages", "valid list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user' or 'assistant', got \"tool\""),
+        ({"messages": [{"role": "nurse", "content": "x"}]}, "messages.0.role", "'assistant' or 'tool', got \"nurse\""),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required but absent"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "a string or a list of parts"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "required but absent"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a string or a list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.type",
@@ -155,8 +158,25 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls.0.function",
+            "required but absent",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+                ]
+            },
             "messages.0.tool_calls",
-            "not supported",
+            "only an assistant's",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "required but absent"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
+        ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "begun or continued",
         ),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", "service"),
     ],
@@ -171,8 +191,6 @@ def test_bad_values_are_named(fields, param, words):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "auto"},
         {"functions": [{"name": "f"}]},
         {"response_format": {"type": "json_object"}},
         {"modalities": ["text", "audio"]},
@@ -180,7 +198,6 @@ def test_bad_values_are_named(fields, param, words):
         {"guided_json": {}},
         {"structured_outputs": {"regex": "x"}},
         {"chat_template": "x"},
-        {"continue_final_message": True},
         {"echo": True},
         {"use_beam_search": True},
         {"truncate_prompt_tokens": 5},
