@@ -34,6 +34,12 @@ from medusa import __version__
 from medusa.tokenizer import ChatTokenizer
 
 PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+}
 _ERROR = {"description": "An error in OpenAI's shape: {error: {message, type, param, code}}."}
 _GENERATION_ERRORS: dict[int | str, dict[str, Any]] = {
     status: _ERROR for status in (400, 401, 404, 408, 413, 429, 500, 503)
@@ -118,7 +124,7 @@ def _add_operation(api: FastAPI, service: Service) -> None:
 
     @api.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Cache-Control": "no-cache"})
+        return HTMLResponse(page, headers=PAGE_HEADERS)
 
     @api.get("/health", responses={503: _ERROR})
     async def health() -> dict[str, Any]:

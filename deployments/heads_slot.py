@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from deployments.async_engine import AsyncEngine
 from deployments.config import HeadsConfig
 from deployments.streams import HeadsVersion
 from medusa.checkpoint import Checkpoint, CheckpointError, CheckpointMismatchError, load_checkpoint
+from medusa.config import ConfigError, validate
 from medusa.digests import directory_digest
 from medusa.model import Backbone
 
@@ -39,6 +42,16 @@ class HeadsSlot:
         self._engine = engine
         self._backbone = backbone
         self._turn = asyncio.Lock()
+
+    async def take_config(self, user_config: Mapping[str, Any]) -> None:
+        """`take` for what an operator wrote; what is no such configuration counts as heads that failed."""
+        try:
+            config = validate(HeadsConfig, user_config, source="user_config")
+        except ConfigError as error:
+            logger.error("user_config is refused, the heads %s stay: %s", self._engine.heads, error)
+            self._engine.heads_failed(HeadsVersion(), "the deployment's user_config is not valid; its log has more")
+            return
+        await self.take(config)
 
     async def take(self, config: HeadsConfig) -> None:
         """Requests get these heads from now on, or, where that fails, go on with those they got, which /health tells.

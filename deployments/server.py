@@ -101,10 +101,10 @@ class MedusaServer:
         At the start heads that cannot be served are an error, and Serve keeps the replicas there were; later the
         replica goes on with the heads it has, and says so.
         """
-        heads = validate(HeadsConfig, user_config, source="user_config")
         if self._service is not None:
-            await self._service.heads.take(heads)
+            await self._service.heads.take_config(user_config)
             return
+        heads = validate(HeadsConfig, user_config, source="user_config")
         # Serve's proxy answers with X-Request-ID itself.
         config = self._config.with_heads(heads)
         self._service = load_service(config, replica=_replica_name(), send_request_id=False)

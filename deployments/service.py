@@ -24,7 +24,7 @@ from deployments.streams import HeadsVersion, Stream
 from deployments.token_texts import TokenTexts
 from deployments.tokenization import DetokenizeRequest, TokenizeRequest, TokenizeResponse, tokenize
 from deployments.transport import CLIENT_GONE, JSON_HEADERS, EventStream, event, unless_disconnected
-from medusa import Completion, SamplingParams
+from medusa import Completion, Output, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
 T = TypeVar("T")
@@ -165,7 +165,8 @@ class Service:
     async def _events(
         self, body: GenerationRequest, reply: Reply, stream: Stream, tally: Tally, n: int, deadline: float
     ) -> AsyncIterator[str]:
-        outputs = stream.merged()
+        # Where each step is to be told apart, outputs that wait for a slow reader stay apart as well.
+        outputs: AsyncIterator[tuple[int, Output]] = stream if body.include_acceptance else stream.merged()
         try:
             while True:
                 async with asyncio.timeout_at(deadline):
