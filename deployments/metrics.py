@@ -162,6 +162,7 @@ class RayMirror:
         self._metrics = metrics
         self._make_gauge = make_gauge
         self._gauges: dict[str, SampleGauge] = {}
+        self._pushed: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
         self._period_s = period_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="medusa-metrics", daemon=True)
@@ -173,15 +174,21 @@ class RayMirror:
         self._stop.set()
 
     def push(self) -> None:
+        pushed: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for metric in self._metrics.collect():
             for sample in metric.samples:
                 if sample.name.endswith("_created"):
                     continue
                 # Serve adds the replica itself.
-                tags = {name: value for name, value in sample.labels.items() if name != "replica"}
+                tags = tuple((name, value) for name, value in sample.labels.items() if name != "replica")
                 if sample.name not in self._gauges:
-                    self._gauges[sample.name] = self._make_gauge(sample.name, metric.documentation, tuple(tags))
-                self._gauges[sample.name].set(sample.value, tags=tags)
+                    names = tuple(name for name, _ in tags)
+                    self._gauges[sample.name] = self._make_gauge(sample.name, metric.documentation, names)
+                pushed[sample.name, tags] = sample.value
+        # What is gone, such as the version served before, would keep its last value for ever.
+        for (name, tags), value in (dict.fromkeys(self._pushed, 0.0) | pushed).items():
+            self._gauges[name].set(value, tags=dict(tags))
+        self._pushed |= pushed.keys()
 
     def _run(self) -> None:
         while not self._stop.wait(self._period_s):

@@ -18,6 +18,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 import yaml
 
 from deployments import local
@@ -268,6 +269,25 @@ def test_models_version_and_health(client, url, tiny_heads):
     health = httpx.get(f"{url}/health")
     assert health.status_code == 200
     assert health.json()["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_ray_exports_the_metrics_of_every_replica(client, url):
+    client.completions.create(model="tiny", prompt="x", max_tokens=3)
+    node = ray.nodes()[0]
+    exported = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def tokens():
+        lines = httpx.get(exported, timeout=10).text.splitlines()
+        return [line for line in lines if line.startswith("ray_medusa_generation_tokens_total{")]
+
+    wait_until(tokens, 60)
+    (line,) = tokens()
+    assert 'model_name="tiny"' in line and 'deployment="MedusaServer"' in line and "replica=" in line
+    assert float(line.rpartition(" ")[2]) >= 3
+    scraped = httpx.get(f"{url}/metrics").text
+    replica = re.search(r'replica="(\w+)"', scraped)[1]
+    assert replica in line
 
 
 @pytest.mark.ray
