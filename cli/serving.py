@@ -34,9 +34,13 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_batch_size: int = 16,
+    max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
+    api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="One process, no Ray Serve.")] = False,
+    new_api_key: Annotated[bool, typer.Option("--new-api-key", help="Draw a key, print it and its hash.")] = False,
 ) -> None:
-    """Serves OpenAI's REST API until Ctrl-C: one Ray Serve deployment, or one process.
+    """Serves OpenAI's REST API until Ctrl-C: one Ray Serve deployment, or one process. A page to try it is at /.
 
     Example: `medusa serve --model models:/medusa-chat-8m@champion --tracking-uri sqlite:///runs/demo/mlflow.db`
     """
@@ -44,6 +48,9 @@ def serve(
     from deployments.local import serve_local, serve_without_ray
 
     console = Console()
+    if new_api_key:
+        _print_new_key(console)
+        return
     served = served_model(model, heads, backbone, tracking_uri)
     config = ServerConfig(
         model=served.backbone,
@@ -52,6 +59,9 @@ def serve(
         heads_digest=served.digest,
         speculation=_speculation(speculation),
         max_batch_size=max_batch_size,
+        max_queued_requests=max_queued,
+        api_key_file=api_key_file,
+        log_requests=log_requests,
         host=host,
         port=port,
     )
@@ -61,6 +71,14 @@ def serve(
         serve_without_ray(config)
     else:
         serve_local(config, on_ready=lambda url: console.print(f"OpenAI API on {url}/v1, Ctrl-C stops it"))
+
+
+def _print_new_key(console: Console) -> None:
+    from deployments.auth import hash_of, new_key
+
+    key = new_key()
+    console.print(f"key, for its user alone:   {key}", highlight=False, soft_wrap=True)
+    console.print(f"hash, for --api-key-file:  {hash_of(key)}", highlight=False, soft_wrap=True)
 
 
 def chat(

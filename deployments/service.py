@@ -139,7 +139,10 @@ class Service:
     ) -> Response:
         deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         try:
-            stream = await self.engine.submit([(prompt_ids, params) for prompt_ids in prompts])
+            async with asyncio.timeout_at(deadline):
+                stream = await self.engine.submit([(prompt_ids, params) for prompt_ids in prompts])
+        except TimeoutError:
+            raise self._too_late() from None
         except (ValueError, QueueFull, EngineUnavailable) as error:
             raise errors.from_engine(error, param=param) from error
         log = request.scope["state"].setdefault("log", {})
