@@ -99,7 +99,9 @@ class Engine:
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
         self._ids = itertools.count()
-        self._choose = self._chooser(speculation, step_times)
+        self._has_own_law = acceptance != "exact"
+        self._step_times = step_times
+        self._decide(lambda: self._chooser(speculation, self._step_times))
 
     @classmethod
     def from_pretrained(
@@ -209,13 +211,38 @@ class Engine:
 
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
-        tree = tree or TokenTree.root()
-        self._limits.check_tree(tree)
-        self._choose = always(tree)
+        fixed = tree or TokenTree.root()
+        self._decide(lambda: self._always(fixed))
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        self._choose = self._policy(step_times)
+        self._decide(lambda: self._policy(step_times))
+
+    @property
+    def tokens_depend_on_heads(self) -> bool:
+        """Whether other heads can change a reply: they cannot under exact acceptance."""
+        return self._has_own_law
+
+    def swap_heads(self, checkpoint: Checkpoint) -> None:
+        """Guesses with other heads of the same backbone from the next step on, for running requests too, and chooses
+        among their trees. Raises CheckpointMismatchError, or ValueError for heads that this engine has no room for; it
+        then goes on as before. Where tokens depend on the heads the engine must be idle."""
+        if self.checkpoint is None:
+            raise ValueError("this engine was started without heads; start it with some to change them later")
+        if self.tokens_depend_on_heads and self.has_unfinished():
+            raise RuntimeError("under typical acceptance heads change between requests; wait for those that run to end")
+        check_pair(checkpoint.meta, self.backbone, self.tokenizer.digest)
+        before = self.checkpoint, self.trees, self._tokens_per_step, self._limits
+        trees, tokens_per_step = ladder_of(checkpoint.meta)
+        limits = self._limits.with_heads(checkpoint, trees)
+        self.checkpoint, self.trees, self._tokens_per_step, self._limits = checkpoint, trees, tokens_per_step, limits
+        try:
+            self._decide(self._decision)
+        except ValueError:
+            self.checkpoint, self.trees, self._tokens_per_step, self._limits = before
+            raise
+        self._runner.take_heads(checkpoint, limits.guess_width)
+        self._profiler = Profiler(self._runner, self._scheduler, self._cache, limits, self.tokenizer)
 
     def measure_step_times(
         self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = CONTEXT
@@ -257,6 +284,15 @@ class Engine:
     def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
         return [self._choose(len(sequences))] * len(sequences)
 
+    def _decide(self, decision: Callable[[], Choose]) -> None:
+        """How steps get their trees; asked again when the trees change. Raises its ValueError with nothing changed."""
+        self._choose = decision()
+        self._decision = decision
+
+    def _always(self, tree: TokenTree) -> Choose:
+        self._limits.check_tree(tree)
+        return always(tree)
+
     def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Choose:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
             return always(TokenTree.root())
@@ -275,5 +311,5 @@ class Engine:
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
                 "or give speculation='off'"
             )
-        times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
-        return Policy(self.trees, self._tokens_per_step, times).choose
+        self._step_times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+        return Policy(self.trees, self._tokens_per_step, self._step_times).choose

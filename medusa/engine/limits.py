@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,6 +67,19 @@ class Limits:
             guess_width=min(widest, checkpoint.config.head_vocab_size) if checkpoint else 1,
             vocab_size=backbone.vocab_size,
         )
+
+    def with_heads(self, checkpoint: Checkpoint, trees: Items[TokenTree]) -> Limits:
+        """The same sizes with other heads. Raises ValueError for trees that they leave no room for."""
+        widest = max([GUESS_WIDTH - 1, *(tree.max_rank for tree in trees)]) + 1
+        guess_width = min(widest, checkpoint.config.head_vocab_size)
+        limits = replace(self, num_heads=checkpoint.config.num_heads, guess_width=guess_width)
+        for tree in trees:
+            limits.check_tree(tree)
+        if limits.table_width > self.table_width:
+            raise ValueError(
+                f"{limits.num_heads} heads write further ahead than this engine's {self.num_heads}; start it with them"
+            )
+        return limits
 
     def max_new_tokens(self, prompt_ids: Items[int], params: SamplingParams) -> int:
         """How long the reply can become before its request or the context ends it."""

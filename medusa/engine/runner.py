@@ -101,6 +101,18 @@ class Runner:
         self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, num_heads)
         return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
+    @torch.no_grad()
+    def take_heads(self, checkpoint: Checkpoint, guess_width: int) -> None:
+        """As StepRunner.take_heads; weights of the same shape are copied into those that are in use."""
+        if self._heads is not None and (self._heads.config, self._guess_width) == (checkpoint.config, guess_width):
+            self._heads.load_state_dict(checkpoint.heads.state_dict())
+            return
+        self._heads, self._guess_width = checkpoint.heads, guess_width
+        pack(self._heads)
+        rows, num_heads = len(self._length), checkpoint.config.num_heads
+        self._guesses = torch.zeros(rows, num_heads, guess_width, dtype=torch.int64, device=self._guesses.device)
+        self._num_guessed.zero_()
+
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
         """As StepRunner.rewind."""
         rows_B = self._rows(sequences)

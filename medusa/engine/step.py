@@ -17,6 +17,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
 
+from medusa.checkpoint import Checkpoint
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.tree import TokenTree
 
@@ -100,6 +101,10 @@ class StepRunner(Protocol):
     def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, num_heads: int) -> Launched:
         """One step with a tree a sequence: propose, verify in one forward, accept, commit. `num_heads` heads guess for
         the next step; nodes deeper than the heads that guessed for this one take no part."""
+        ...
+
+    def take_heads(self, checkpoint: Checkpoint, guess_width: int) -> None:
+        """Guesses with these heads from the next launch on. Guesses that were made stay, unless the shape changes."""
         ...
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
