@@ -25,6 +25,7 @@ class SamplingParams:
     model's EOS does unless `ignore_eos`. `n` replies are drawn a prompt. `logprobs` asks for that many alternatives a
     token (of the model's own distribution, before temperature and penalties). Without a `seed` one is drawn and
     returned with the reply. `acceptance` "exact" asks for the model's own law from an engine whose rule is another.
+    A lower `priority` is served earlier.
     Raises ValueError for values out of range.
     """
 
@@ -46,6 +47,7 @@ class SamplingParams:
     logprobs: int | None = None
     n: int = 1
     acceptance: Literal["exact"] | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")

@@ -182,7 +182,7 @@ class Engine:
             raise ValueError(f"request id {request_id!r} is in use; give another, or none")
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         for i in range(params.n):
-            self._scheduler.waiting.append(
+            self._scheduler.add(
                 Sequence(
                     request_id,
                     i,

@@ -86,6 +86,7 @@ class Sequence:
         self.seed = seed
         self.max_new_tokens = max_new_tokens
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
+        self.age = 0  # its turn among those of the same priority; the scheduler gives it
         self.row = -1
         self.num_cached = self.least_ahead = self.most_ahead = 0
         self.output_ids: list[int] = []
@@ -96,6 +97,11 @@ class Sequence:
         self._digests: list[bytes] = []
         self._text = ""
         self._emitted = 0  # characters already given out
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Who comes first, last to give up its pages: the lower priority, then the older."""
+        return self.params.priority, self.age
 
     @property
     def num_tokens(self) -> int:
