@@ -23,7 +23,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 keeps all tokens. `stop` strings and `stop_token_ids` end a reply, as the
     model's EOS does unless `ignore_eos`. `n` replies are drawn a prompt. `logprobs` asks for that many alternatives a
-    token (of the model's own distribution, before temperature and penalties). Without a `seed` one is drawn and
+    token (of the model's own distribution, before temperature and penalties), `prompt_logprobs` the same for the
+    prompt's tokens; the prompt is then computed whole, whatever is cached. Without a `seed` one is drawn and
     returned with the reply. `acceptance` "exact" asks for the model's own law from an engine whose rule is another.
     A lower `priority` is served earlier.
     Raises ValueError for values out of range.
@@ -45,6 +46,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     acceptance: Literal["exact"] | None = None
     priority: int = 0
@@ -67,6 +69,12 @@ class SamplingParams:
             all(map(isfinite, self.logit_bias.values())), "logit_bias", self.logit_bias, "finite numbers by token id"
         )
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or more")
+        _require(
+            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            "None, 0 or more",
+        )
         _require(self.n >= 1, "n", self.n, "at least 1")
         _require(
             self.acceptance in ("exact", None), "acceptance", self.acceptance, "'exact', or None for the engine's own"

@@ -107,8 +107,9 @@ class Limits:
         unknown = [token for token in asked if not 0 <= token < self.vocab_size]
         if unknown:
             raise ValueError(f"token ids {unknown[:5]} are outside the vocabulary of {self.vocab_size} tokens")
-        if params.logprobs is not None and params.logprobs > self.vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} asks for more tokens than the vocabulary's {self.vocab_size}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (wanted := getattr(params, name)) is not None and wanted > self.vocab_size:
+                raise ValueError(f"{name}={wanted} asks for more tokens than the vocabulary's {self.vocab_size}")
         needed = self.pages_needed(len(prompt_ids) + self.max_new_tokens(prompt_ids, params))
         if needed > self.num_pages:
             raise ValueError(

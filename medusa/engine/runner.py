@@ -80,7 +80,7 @@ class Runner:
         steps: dict[Sequence, StepTokens] = {}
         for group in _prefill_groups(chunks, self._cache.tables.shape[1] * PAGE_SIZE):
             for chunk, tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
-                steps[chunk.sequence] = tokens if chunk.gives_token else StepTokens([], [])
+                steps[chunk.sequence] = tokens if chunk.gives_token else replace(tokens, token_ids=[], logprobs=[])
         return Done([steps[chunk.sequence] for chunk in chunks])
 
     @torch.inference_mode()
@@ -168,7 +168,19 @@ class Runner:
         root_B = torch.where(told_B >= 0, told_B, accepted.bonus_B)
         needs_heads = any(chunk.is_last for chunk in chunks)
         self._commit(batch.rows_B, end_B, root_B, last_hidden_Bd, num_heads if needs_heads else 0)
-        return _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
+        steps = _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
+        return [self._with_prompt(chunk, *pair) for chunk, *pair in zip(chunks, steps, hidden_BNd, strict=True)]
+
+    def _with_prompt(self, chunk: PrefillChunk, step: StepTokens, hidden_Nd: torch.Tensor) -> StepTokens:
+        """Adds what the model made of the prompt's tokens that follow the chunk's, where that is asked for."""
+        if not chunk.sequence.needs_prompt_logprobs:
+            return step
+        following = chunk.sequence.prompt_ids[chunk.start + 1 : chunk.end + 1]
+        if not following:
+            return step
+        logits_DV = self._backbone.logits(hidden_Nd[: len(following)])
+        wanted = chunk.sequence.params.prompt_logprobs or 0
+        return replace(step, prompt_logprobs=_logprobs(logits_DV, following, wanted))
 
     def _forward(
         self, rows_B: torch.Tensor, length_B: torch.Tensor, tree: TreeBatch, tokens_BN: torch.Tensor

@@ -156,6 +156,8 @@ class Scheduler:
 
     def _shareable_digests(self, sequence: Sequence) -> list[bytes]:
         """Of full pages before the last token to fill, which is always computed: the heads need its hidden state."""
+        if sequence.needs_prompt_logprobs:
+            return []
         return sequence.page_digests(self._cache.pool.root_digest, (sequence.num_to_fill - 1) // PAGE_SIZE)
 
     def _pages_to_come(self, sequence: Sequence) -> int:

@@ -26,7 +26,8 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A finished reply. `token_ids` includes the EOS that ended it. `accepted_per_step` counts, for each decode step,
-    the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step."""
+    the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step.
+    `prompt_logprobs` begin with the prompt's second token: nothing precedes the first."""
 
     request_id: str
     index: int
@@ -37,6 +38,7 @@ class Completion:
     seed: int
     accepted_per_step: list[int]
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -50,7 +52,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step added to one reply. `finished` carries the whole reply when it ended with this step."""
+    """What one step added to one reply. `finished` carries the whole reply when it ended with this step;
+    `prompt_logprobs`, where asked for, come with the first."""
 
     request_id: str
     index: int
@@ -59,6 +62,7 @@ class Output:
     num_draft_accepted: int = 0
     logprobs: list[TokenLogprob] | None = None
     finished: Completion | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Sequence:
@@ -92,6 +96,7 @@ class Sequence:
         self.output_ids: list[int] = []
         self.accepted_per_step: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.finish_reason: FinishReason | None = None
         self._detokenizer = tokenizer.detokenizer()
         self._digests: list[bytes] = []
@@ -126,6 +131,11 @@ class Sequence:
         """Whether the next token may not end the reply yet."""
         return len(self.output_ids) < self.params.min_tokens
 
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether its prompt is to be computed token by token, though its pages may be known."""
+        return self.params.prompt_logprobs is not None and not self.output_ids
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Of prompt and reply."""
         split = len(self.prompt_ids)
@@ -140,6 +150,8 @@ class Sequence:
 
     def forget_cache(self) -> None:
         """It has lost its row and pages."""
+        if self.needs_prompt_logprobs:
+            self.prompt_logprobs.clear()
         self.row = -1
         self.num_cached = self.least_ahead = self.most_ahead = 0
 
@@ -148,6 +160,7 @@ class Sequence:
 
         `decoded` is False for the prefill's token, which no decode step counts.
         """
+        is_first = not self.output_ids
         kept: list[int] = []
         for token_id in token_ids:
             kept.append(token_id)
@@ -165,6 +178,7 @@ class Sequence:
             num_draft_accepted=len(kept) - 1 if decoded else 0,
             logprobs=list(logprobs[: len(kept)]) if self.params.logprobs is not None else None,
             finished=self.completion() if self.finish_reason else None,
+            prompt_logprobs=self._given_prompt_logprobs() if is_first else None,
         )
 
     def abort(self) -> Output:
@@ -185,7 +199,11 @@ class Sequence:
             seed=self.seed,
             accepted_per_step=list(self.accepted_per_step),
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+            prompt_logprobs=self._given_prompt_logprobs(),
         )
+
+    def _given_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        return list(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
 
     def _ends_with(self, token_id: int) -> bool:
         """Adds the last token's text and decides whether it ends the reply: stop id, stop string, then length."""

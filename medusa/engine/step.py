@@ -14,7 +14,7 @@ The rules between the two:
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa.checkpoint import Checkpoint
@@ -24,10 +24,14 @@ from medusa.tree import TokenTree
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a launch gave one sequence, in order; log-probabilities only when its request asks for them."""
+    """What a launch gave one sequence, in order; log-probabilities only when its request asks for them.
+
+    `prompt_logprobs` are a chunk's, of the prompt's tokens after each of its own.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class StepRunner(Protocol):
 
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
         """Computes the chunks' keys and values; after a last chunk also the next token, as drawn or as told, and the
-        guesses of the first `num_heads` heads. Chunks that are not the last give no token."""
+        guesses of the first `num_heads` heads. Chunks that are not the last give no token. A chunk of a sequence that
+        `needs_prompt_logprobs` gives those of the prompt's tokens that follow its own."""
         ...
 
     def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, num_heads: int) -> Launched:
