@@ -22,7 +22,7 @@ MAY_IMPORT = {  # of our own packages
     "cli": set(PACKAGES),
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it
-    {"config", "digests", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads"},
+    {"config", "digests", "grammar", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads"},
     {"decoding", "checkpoint", "model"},
     {"calibration", "engine", "training"},
 )

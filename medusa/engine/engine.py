@@ -24,6 +24,7 @@ from medusa.engine.sequence import Completion, Output, Sequence
 from medusa.engine.speculation import Choose, Policy, StepTimes, always, ladder_of
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
+from medusa.grammar import Grammars
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -95,6 +96,7 @@ class Engine:
             max_prefill_tokens=self._limits.max_prefill_tokens,
         )
         self._runner = self._runner_of(None if acceptance == "exact" else acceptance)
+        self.grammars = Grammars(tokenizer, backbone.vocab_size)
         self._counters = Counters()
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
@@ -173,7 +175,8 @@ class Engine:
         return [done[key] for key in sorted(done)]
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
-        """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, or unknown ids."""
+        """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, unknown ids, or a
+        grammar that cannot be used (`grammars` compiles one beforehand)."""
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(token) for token in prompt]
         self._limits.check_request(prompt_ids, params)
         if request_id is None:
@@ -181,6 +184,7 @@ class Engine:
         elif self._scheduler.holds(request_id):
             raise ValueError(f"request id {request_id!r} is in use; give another, or none")
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        matchers = [self.grammars.start(params.grammar) if params.grammar else None for _ in range(params.n)]
         for i in range(params.n):
             self._scheduler.add(
                 Sequence(
@@ -191,6 +195,7 @@ class Engine:
                     seed=seed,
                     tokenizer=self.tokenizer,
                     max_new_tokens=self._limits.max_new_tokens(prompt_ids, params),
+                    matcher=matchers[i],
                 )
             )
         return request_id

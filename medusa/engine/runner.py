@@ -23,7 +23,7 @@ from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
-from medusa.sampling import SamplingBatch, forbid_end, penalise
+from medusa.sampling import SamplingBatch, forbid_end, penalise, restrict
 from medusa.tree import TokenTree
 
 MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
@@ -251,8 +251,8 @@ def _prefill_groups(chunks: Items[PrefillChunk], num_positions: int) -> list[lis
 def _processed(
     sequences: Items[Sequence], tree: TreeBatch, tokens_BN: torch.Tensor, logits_BNV: torch.Tensor
 ) -> torch.Tensor:
-    """Logits after min_tokens, logit_bias and penalties; only sequences that ask for them pay for them."""
-    asking = [b for b, s in enumerate(sequences) if s.is_early or s.params.logit_bias or s.params.has_penalties]
+    """Logits after min_tokens, logit_bias, penalties and grammars; only sequences that ask for them pay for them."""
+    asking = [b for b, s in enumerate(sequences) if s.is_early or s.params.changes_logits]
     if not asking:
         return logits_BNV
     logits_BNV = logits_BNV.to(torch.float32, copy=True)
@@ -264,6 +264,10 @@ def _processed(
         if sequence.is_early:
             stop_ids, num_tokens = sorted(sequence.stop_ids), len(sequence.output_ids)
             logits_BNV[b] = forbid_end(logits_BNV[b], stop_ids, num_tokens, params.min_tokens, tree.depth_BN[b])
+        if params.grammar is not None:
+            allowed_NV = sequence.allowed(tokens_BN[b].tolist(), tree.parent_BN[b].tolist())
+            assert allowed_NV is not None
+            logits_BNV[b] = restrict(logits_BNV[b], allowed_NV.to(logits_BNV.device))
     return logits_BNV
 
 

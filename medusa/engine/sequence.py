@@ -1,4 +1,4 @@
-"""One reply in the making: its tokens, its text, and when it ends. Host data only; tensors live in the runner."""
+"""One reply in the making: its tokens, its text, and when it ends. Host data alone; the runner has the model's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.engine.page_pool import chain
+from medusa.grammar import Matcher
 from medusa.sampling import SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
@@ -82,6 +85,7 @@ class Sequence:
         seed: int,
         tokenizer: ChatTokenizer,
         max_new_tokens: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -89,6 +93,7 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.max_new_tokens = max_new_tokens
+        self._matcher = matcher
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
         self.age = 0  # its turn among those of the same priority; the scheduler gives it
         self.row = -1
@@ -135,6 +140,14 @@ class Sequence:
     def needs_prompt_logprobs(self) -> bool:
         """Whether its prompt is to be computed token by token, though its pages may be known."""
         return self.params.prompt_logprobs is not None and not self.output_ids
+
+    def allowed(self, token_ids: Tokens[int], parents: Tokens[int]) -> torch.Tensor | None:
+        """Which tokens its grammar lets follow each node of a tree, [N, V], after all tokens that it has; None without
+        a grammar."""
+        if self._matcher is None:
+            return None
+        self._matcher.advance(self.output_ids[self._matcher.num_tokens :])
+        return self._matcher.allowed(token_ids, parents)
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Of prompt and reply."""
