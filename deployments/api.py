@@ -29,6 +29,7 @@ from deployments.tokenization import (
     TokenizeResponse,
     describe,
 )
+from deployments.tool_calls import ToolNotation
 from deployments.transport import StrictJsonRoute
 from medusa import __version__
 from medusa.tokenizer import ChatTokenizer
@@ -56,11 +57,17 @@ def build_api(
     max_body_bytes: int = 32 * 2**20,
     body_timeout_s: float = 60.0,
     api_key_hashes: Sequence[str] = (),
+    tool_notation: ToolNotation | None = None,
     send_request_id: bool = True,
 ) -> FastAPI:
     """`served` says at /version what runs (the backbone and its digest). With `api_key_hashes` (hex sha256) a request
     needs one of those keys."""
-    settings = ServiceSettings(model_name=model_name, served=served or {}, request_timeout_s=request_timeout_s)
+    settings = ServiceSettings(
+        model_name=model_name,
+        served=served or {},
+        request_timeout_s=request_timeout_s,
+        tool_notation=tool_notation,
+    )
     service = Service(engine, tokenizer, settings)
     api = FastAPI(
         title="Medusa on Ray",

@@ -24,7 +24,7 @@ from deployments.admission import Admission, Bounds, Demand
 from deployments.metrics import Metrics, clock
 from deployments.recorder import RequestRecord, StepSpan
 from deployments.streams import FailedHeads, HeadsVersion, Stream
-from medusa import Engine, EngineStats, Output, SamplingParams
+from medusa import Engine, EngineStats, Grammar, Output, SamplingParams
 from medusa.checkpoint import Checkpoint
 from medusa.engine.kv_cache import pages_for
 
@@ -154,6 +154,10 @@ class AsyncEngine:
         """Those heads could not be taken: the replica goes on with the ones it has, and says so."""
         self.failed_heads = FailedHeads(heads.version, heads.digest, reason)
         self.metrics.swapped("failed")
+
+    def prepare_grammar(self, grammar: Grammar) -> None:
+        """Compiles it ahead of `submit`, on the caller's thread, so that no step waits for it. Raises GrammarError."""
+        self._engine.grammars.start(grammar)
 
     def check_health(self) -> None:
         """Raises EngineUnavailable unless the engine takes requests and its steps come to an end."""

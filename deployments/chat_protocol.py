@@ -93,7 +93,7 @@ class ChatCompletionRequest(GenerationRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Annotated[Any, only(None, True)] = None
     functions: NoList = None
     function_call: Annotated[Any, only(None, "none")] = None
@@ -120,7 +120,16 @@ class ChatCompletionRequest(GenerationRequest):
             raise refused("a reply is either begun or continued; send one of the two.", "continue_final_message")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise refused("only allowed with tools; add them or leave it out.", "tool_choice")
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise refused(f"names none of the tools {names}.", "tool_choice.function.name")
+        if self.must_call and (self.response_format or self.structured_outputs):
+            raise refused("asks for a call where another form is asked for as well; send one.", "tool_choice")
         return self
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:

@@ -67,6 +67,7 @@ class ServerConfig:
     stall_timeout_s: float = 600.0  # a step that takes longer makes the replica unhealthy
     api_key_file: str | None = None  # hashes of keys, one a line (`medusa serve --new-api-key` draws one)
     api_key_hashes: list[str] = field(default_factory=list)  # the same in the configuration
+    tool_notation: Literal["hermes"] | None = None  # how this model writes calls of tools; None: they stay text
     merge_chunks_s: float = 0.02  # under load the chunks of a stream wait so long for more; 0 sends each at once
     log_requests: bool = False  # a JSON line for every request, not only for those that fail or are refused
     # the deployment

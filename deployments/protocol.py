@@ -7,7 +7,7 @@ and that this service does not have, is refused by name; other unknown fields ar
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -25,7 +25,8 @@ from deployments.fields import (
     strings,
     token_keys,
 )
-from medusa import SamplingParams
+from deployments.structured import ResponseFormat, StructuredOutputs
+from medusa import Grammar, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +78,13 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=64)
     include_stop_str_in_output: bool | None = None
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    structured_outputs: StructuredOutputs | None = None
+    # This service's own: exact acceptance from an engine whose rule is another
+    acceptance: Literal["exact"] | None = None
+    response_format: ResponseFormat | None = None
     # What would change the reply and is not here
     bad_words: NoList = None
-    structured_outputs: Nothing = None
     guided_json: Nothing = None
     guided_regex: Nothing = None
     guided_choice: Nothing = None
@@ -91,7 +96,12 @@ class GenerationRequest(Body):
     logits_processors: NoList = None
     skip_special_tokens: Annotated[Any, only(None, True)] = None
     return_token_ids: Off = None
-    response_format: Annotated[Any, only(None, {"type": "text"})] = None
+
+    @model_validator(mode="after")
+    def _check_form(self) -> GenerationRequest:
+        if self.structured_outputs is not None and self.response_format is not None:
+            raise refused("says the form again that response_format gives; send one.", "structured_outputs")
+        return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> GenerationRequest:
@@ -120,6 +130,14 @@ class GenerationRequest(Body):
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
 
+    def num_prompt_logprobs(self) -> int | None:
+        return None
+
+    def grammar(self) -> Grammar | None:
+        """The form that the reply must have. Raises ValueError for one that is too large."""
+        form = self.response_format or self.structured_outputs
+        return form.grammar() if form is not None else None
+
     def sampling_params(self, *, default_max_tokens: int) -> SamplingParams:
         """Raises ValueError where two fields contradict each other (min_tokens above max_tokens)."""
         given: dict[str, Any] = {
@@ -135,6 +153,8 @@ class GenerationRequest(Body):
             "min_tokens": self.min_tokens,
             "ignore_eos": self.ignore_eos,
             "include_stop_str_in_output": self.include_stop_str_in_output,
+            "priority": self.priority,
+            "acceptance": self.acceptance,
         }
         return SamplingParams(
             max_tokens=self.token_limit() or default_max_tokens,
@@ -142,6 +162,8 @@ class GenerationRequest(Body):
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=self.num_logprobs(),
+            prompt_logprobs=self.num_prompt_logprobs(),
+            grammar=self.grammar(),
             **{name: value for name, value in given.items() if value is not None},
         )
 
@@ -153,7 +175,7 @@ class CompletionRequest(GenerationRequest):
     ]
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = None
-    echo: Off = None
+    echo: bool | None = None
     suffix: Annotated[Any, only(None, "")] = None
 
     @field_validator("best_of")
@@ -165,3 +187,6 @@ class CompletionRequest(GenerationRequest):
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None

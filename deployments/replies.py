@@ -1,13 +1,14 @@
-"""Answers in OpenAI's shapes, made from the engine's outputs; and the usage they tell."""
+"""Answers in OpenAI's shapes, made from the engine's outputs: whole ones, and the chunks of a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from deployments.answers import (
     Answer,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
@@ -18,76 +19,18 @@ from deployments.answers import (
     ChatMessage,
     ChatTokenLogprob,
     ChunkAcceptance,
-    MedusaUsage,
     TextChoice,
     TextCompletion,
     TextLogprobs,
+    ToolCallAnswer,
     Usage,
 )
-from deployments.streams import HeadsVersion
 from deployments.token_texts import TokenTexts
+from deployments.tool_calls import Call, Reader
 from medusa import Completion, Output, TokenLogprob
 from medusa.engine.sequence import FinishReason
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
-
-
-class Tally:
-    """The usage of one HTTP request over all of its replies, in tokens: a chunk may carry several.
-
-    `log` gets the same figures for the request's log line, when they are final.
-    """
-
-    def __init__(self, prompt_tokens: int, heads: HeadsVersion, log: MutableMapping[str, Any] | None = None) -> None:
-        self.prompt_tokens = prompt_tokens
-        self._heads = heads
-        self._log = log if log is not None else {}
-        self._tokens: dict[int, int] = {}
-        self._decoded: dict[int, tuple[int, int]] = {}  # tokens of decode steps, and those steps
-        self._finished: list[Completion] = []
-
-    def add(self, choice: int, output: Output) -> None:
-        before = self._tokens.get(choice, 0)
-        decoded, steps = self._decoded.get(choice, (0, 0))
-        gained = len(output.token_ids) - (before == 0)  # a reply's first token is the prefill's
-        self._tokens[choice] = before + len(output.token_ids)
-        self._decoded[choice] = (decoded + gained, steps + gained - output.num_draft_accepted)
-        if (end := output.finished) is not None:
-            self._tokens[choice] = len(end.token_ids)
-            self._decoded[choice] = (sum(end.accepted_per_step), end.num_steps)
-            self._finished.append(end)
-
-    def so_far(self) -> Usage:
-        tokens, steps = (sum(column) for column in zip(*self._decoded.values(), strict=True))
-        return self._usage(tokens, steps)
-
-    def total(self) -> Usage:
-        accepted = [count for completion in self._finished for count in completion.accepted_per_step]
-        usage = self._usage(sum(accepted), len(accepted))
-        depths = range(1, max(accepted, default=1))
-        usage.medusa.accepted_per_depth = [sum(count > depth for count in accepted) for depth in depths]
-        self._log |= {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "steps": usage.medusa.steps,
-            "heads_version": self._heads.version,
-            "finish_reasons": [completion.finish_reason for completion in self._finished],
-        }
-        return usage
-
-    def _usage(self, decoded: int, steps: int) -> Usage:
-        completion_tokens = sum(self._tokens.values())
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self.prompt_tokens + completion_tokens,
-            medusa=MedusaUsage(
-                steps=steps,
-                accepted_tokens=decoded,
-                mean_acceptance_length=decoded / steps if steps else 1.0,
-                heads_version=self._heads.version,
-            ),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +52,14 @@ class Head:
         }
 
 
+@dataclass(frozen=True)
+class Echoed:
+    """A prompt that stands before its replies."""
+
+    text: str
+    token_ids: list[int]
+
+
 class _Reply:
     """One HTTP request's answer: what its chunks and its whole form share."""
 
@@ -124,19 +75,21 @@ def _acceptance(output: Output, include: bool) -> dict[str, Any]:
 
 
 class ChatReply(_Reply):
-    prefix = "chatcmpl"
+    """`readers` find the calls of tools in the text of each of the request's replies."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, readers: Sequence[Reader]) -> None:
         super().__init__(head)
+        self._readers = readers
         self._opened: set[int] = set()
+        self._calling: set[int] = set()
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
         choices = [
             ChatChoice(
                 index=choice,
-                message=ChatMessage(role="assistant", content=completion.text, refusal=None),
+                message=self._message(choice, completion),
                 logprobs=self._logprobs(completion.logprobs),
-                finish_reason=completion.finish_reason,
+                finish_reason=self._reason(choice, completion),
                 seed=completion.seed,
             )
             for choice, completion in enumerate(completions)
@@ -147,21 +100,45 @@ class ChatReply(_Reply):
         if choice not in self._opened:
             self._opened.add(choice)
             yield self._chunk(choice, ChatDelta(role="assistant", content=""))
-        if output.text or output.logprobs:
+        content, calls = self._readers[choice].push(output.text, is_last=output.finished is not None)
+        if content or output.logprobs:
             extra = _acceptance(output, include_acceptance)
-            yield self._chunk(choice, ChatDelta(content=output.text), self._logprobs(output.logprobs), **extra)
+            yield self._chunk(choice, ChatDelta(content=content), self._logprobs(output.logprobs), **extra)
+        if calls:
+            self._calling.add(choice)
+            parts = [self._call(choice, call, index=call.index) for call in calls]
+            yield self._chunk(choice, ChatDelta(tool_calls=parts))
         if (end := output.finished) is not None:
-            yield self._chunk(choice, ChatDelta(), finish_reason=end.finish_reason, seed=end.seed)
+            yield self._chunk(choice, ChatDelta(), finish_reason=self._reason(choice, end), seed=end.seed)
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._head)
+
+    def _message(self, choice: int, completion: Completion) -> ChatMessage:
+        content, calls = self._readers[choice].push(completion.text, is_last=True)
+        if not calls:
+            return ChatMessage(role="assistant", content=content, refusal=None)
+        self._calling.add(choice)
+        answers = [self._call(choice, call) for call in calls]
+        return ChatMessage(role="assistant", content=content or None, refusal=None, tool_calls=answers)
+
+    def _call(self, choice: int, call: Call, **place: int) -> ToolCallAnswer:
+        if call.name is None:
+            return ToolCallAnswer(function=CalledFunction(arguments=call.arguments), **place)
+        call_id = f"call-{self._head['id'].partition('-')[2]}-{choice}-{call.index}"
+        function = CalledFunction(name=call.name, arguments=call.arguments)
+        return ToolCallAnswer(id=call_id, type="function", function=function, **place)
+
+    def _reason(self, choice: int, completion: Completion) -> FinishReason | Literal["tool_calls"]:
+        is_call = choice in self._calling and completion.finish_reason == "stop"
+        return "tool_calls" if is_call else completion.finish_reason
 
     def _chunk(
         self,
         choice: int,
         delta: ChatDelta,
         logprobs: ChatLogprobs | None = None,
-        finish_reason: FinishReason | None = None,
+        finish_reason: FinishReason | Literal["tool_calls"] | None = None,
         **extra: Any,
     ) -> Answer:
         only = ChatChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason, **extra)
@@ -189,18 +166,21 @@ class ChatReply(_Reply):
 
 
 class TextReply(_Reply):
-    prefix = "cmpl"
+    """`echoed` are the prompts that their `n` replies begin with, if they are to."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, echoed: Sequence[Echoed] | None, n: int) -> None:
         super().__init__(head)
+        self._echoed = echoed
+        self._n = n
+        self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
         choices = [
             TextChoice(
                 index=choice,
-                text=completion.text,
-                logprobs=self._logprobs(choice, completion.logprobs),
+                text=self._prompt_of(choice) + completion.text,
+                logprobs=self._logprobs(choice, completion.logprobs, completion.prompt_logprobs),
                 finish_reason=completion.finish_reason,
                 seed=completion.seed,
             )
@@ -209,27 +189,41 @@ class TextReply(_Reply):
         return TextCompletion(object="text_completion", choices=choices, usage=usage, **self._head)
 
     def chunks(self, choice: int, output: Output, *, include_acceptance: bool = False) -> Iterator[Answer]:
-        if output.text or output.logprobs:
-            logprobs = self._logprobs(choice, output.logprobs)
+        text = output.text
+        if choice not in self._opened:
+            self._opened.add(choice)
+            text = self._prompt_of(choice) + text
+        if text or output.logprobs:
+            logprobs = self._logprobs(choice, output.logprobs, output.prompt_logprobs)
             extra = _acceptance(output, include_acceptance)
-            yield self._chunk(index=choice, text=output.text, logprobs=logprobs, finish_reason=None, **extra)
+            yield self._chunk(index=choice, text=text, logprobs=logprobs, finish_reason=None, **extra)
         if (end := output.finished) is not None:
             yield self._chunk(index=choice, text="", logprobs=None, finish_reason=end.finish_reason, seed=end.seed)
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return TextCompletion(object="text_completion", choices=[], usage=usage, **self._head)
 
+    def _prompt_of(self, choice: int) -> str:
+        return self._echoed[choice // self._n].text if self._echoed else ""
+
     def _chunk(self, **choice: Any) -> Answer:
         return TextCompletion(object="text_completion", choices=[TextChoice(**choice)], **self._head)
 
-    def _logprobs(self, choice: int, entries: Sequence[TokenLogprob] | None) -> TextLogprobs | None:
+    def _logprobs(
+        self, choice: int, entries: Sequence[TokenLogprob] | None, prompt: Sequence[TokenLogprob] | None
+    ) -> TextLogprobs | None:
         if entries is None:
             return None
-        tokens = [self._texts.to_text(entry.token_id) for entry in entries]
+        first: list[str] = []
+        if self._echoed and prompt is not None:
+            first = [self._texts.to_text(self._echoed[choice // self._n].token_ids[0])]
+            entries = [*prompt, *entries]
+        tokens = first + [self._texts.to_text(entry.token_id) for entry in entries]
+        nothing = [None] * len(first)  # nothing precedes the prompt's first token
         return TextLogprobs(
             tokens=tokens,
-            token_logprobs=[max(entry.logprob, LOWEST_LOGPROB) for entry in entries],
-            top_logprobs=[self._alternatives(entry) for entry in entries],
+            token_logprobs=nothing + [max(entry.logprob, LOWEST_LOGPROB) for entry in entries],
+            top_logprobs=nothing + [self._alternatives(entry) for entry in entries],
             text_offset=[self._advance(choice, len(token)) for token in tokens],
         )
 

@@ -76,6 +76,7 @@ def load_service(config: ServerConfig, *, replica: str = "local", send_request_i
         request_timeout_s=config.request_timeout_s,
         max_body_bytes=config.max_body_bytes,
         body_timeout_s=config.body_timeout_s,
+        tool_notation=config.tool_notation,
         api_key_hashes=config.all_key_hashes(),
         send_request_id=send_request_id,
     )

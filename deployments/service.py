@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -19,12 +19,14 @@ from deployments.async_engine import AsyncEngine, EngineUnavailable
 from deployments.chat_protocol import ChatCompletionRequest
 from deployments.errors import ApiError
 from deployments.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GenerationRequest
-from deployments.replies import ChatReply, Head, Tally, TextReply
+from deployments.replies import ChatReply, Echoed, Head, TextReply
 from deployments.streams import HeadsVersion, Stream
+from deployments.tally import Tally
 from deployments.token_texts import TokenTexts
 from deployments.tokenization import DetokenizeRequest, TokenizeRequest, TokenizeResponse, tokenize
+from deployments.tool_calls import ToolNotation, call_grammar, reader_for
 from deployments.transport import CLIENT_GONE, JSON_HEADERS, EventStream, event, unless_disconnected
-from medusa import Completion, Output, SamplingParams
+from medusa import Completion, Grammar, Output, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
 T = TypeVar("T")
@@ -40,6 +42,7 @@ class ServiceSettings:
     model_name: str
     served: Mapping[str, str | None] = field(default_factory=dict)
     request_timeout_s: float = 600.0
+    tool_notation: ToolNotation | None = None
 
 
 class Service:
@@ -56,8 +59,14 @@ class Service:
         self.check_model(body.model)
         prompt_ids = await self._tokenise("messages", lambda: self._render(body))
         self._check_length(prompt_ids, "messages")
-        params = self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
-        return await self._answer(request, body, ChatReply, [prompt_ids], params, "messages")
+        params = await self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
+        must_call = await self._tokenise("tools", lambda: call_grammar(body))
+        if must_call is not None:
+            params = replace(params, grammar=await self._prepared("tools", must_call))
+        readers = [reader_for(body, self.settings.tool_notation) for _ in range(params.n)]
+        return await self._answer(
+            request, body, lambda head: ChatReply(head, readers), [prompt_ids], params, "messages"
+        )
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
@@ -66,8 +75,11 @@ class Service:
         )
         for prompt_ids in prompts:
             self._check_length(prompt_ids, "prompt")
-        params = self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
-        return await self._answer(request, body, TextReply, prompts, params, "prompt")
+        params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
+        echoed = await self._tokenise("prompt", lambda: self._echoed(body, prompts))
+        return await self._answer(
+            request, body, lambda head: TextReply(head, echoed, params.n), prompts, params, "prompt"
+        )
 
     async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
         self.check_model(body.model)
@@ -132,7 +144,7 @@ class Service:
         self,
         request: Request,
         body: GenerationRequest,
-        make_reply: type[ChatReply] | type[TextReply],
+        make_reply: Callable[[Head], Reply],
         prompts: Sequence[list[int]],
         params: SamplingParams,
         param: str,
@@ -147,7 +159,7 @@ class Service:
             raise errors.from_engine(error, param=param) from error
         log = request.scope["state"].setdefault("log", {})
         tally = Tally(sum(map(len, prompts)), stream.heads, log)
-        reply = make_reply(self._head(make_reply.prefix, request, stream.heads))
+        reply = make_reply(self._head("chatcmpl" if param == "messages" else "cmpl", request, stream.heads))
         if body.stream:
             events = self._events(body, reply, stream, tally, params.n, deadline)
             limit_s = self.settings.request_timeout_s + SLOW_READER_S
@@ -201,13 +213,27 @@ class Service:
         except ValueError as error:  # a template that refuses these messages, among others
             raise ApiError(400, str(error), param=param) from error
 
-    def _sampling_params(self, body: GenerationRequest, *, default_max_tokens: int) -> SamplingParams:
+    async def _sampling_params(self, body: GenerationRequest, *, default_max_tokens: int) -> SamplingParams:
         self._check_ids("logit_bias", body.logit_bias or ())
         self._check_ids("stop_token_ids", body.stop_token_ids or ())
+        form = "response_format" if body.response_format else "structured_outputs"
+        if (grammar := await self._tokenise(form, body.grammar)) is not None:
+            await self._prepared(form, grammar)
         try:
             return body.sampling_params(default_max_tokens=default_max_tokens)
         except ValueError as error:
             raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from error
+
+    async def _prepared(self, param: str, grammar: Grammar) -> Grammar:
+        await self._tokenise(param, lambda: self.engine.prepare_grammar(grammar))
+        return grammar
+
+    def _echoed(self, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[Echoed] | None:
+        """The prompts as they stand before their replies."""
+        if not body.echo:
+            return None
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p, skip_special_tokens=False) for p in body.prompt]
+        return [Echoed(text, ids) for text, ids in zip(texts, prompts, strict=True)]
 
     def _check_ids(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
         unknown = [token_id for token_id in token_ids if not 0 <= token_id < self.engine.vocab_size]

@@ -116,4 +116,5 @@ def join(first: Output, second: Output) -> Output:
         text=first.text + second.text,
         num_draft_accepted=first.num_draft_accepted + second.num_draft_accepted,
         logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
     )

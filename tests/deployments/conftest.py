@@ -16,6 +16,7 @@ from deployments.async_engine import AsyncEngine
 from medusa import EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
 from medusa.engine.sequence import Output, Sequence
+from medusa.grammar import Grammars
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 
@@ -33,6 +34,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer: ChatTokenizer, *, reply: str = REPLY, width: int = 3, max_batch_size: int = 4):
         self.tokenizer = tokenizer
         self.backbone = SimpleNamespace(vocab_size=tokenizer.vocab_size)
+        self.grammars = Grammars(tokenizer, tokenizer.vocab_size)
         self.max_model_len = 256
         self.max_batch_size = max_batch_size
         self.script = tokenizer.hf.encode(reply, add_special_tokens=False)
