@@ -57,7 +57,7 @@ def serve(
         heads=served.heads,
         heads_version=served.version,
         heads_digest=served.digest,
-        speculation=_speculation(speculation),
+        speculation=parse_speculation(speculation),
         max_batch_size=max_batch_size,
         max_queued_requests=max_queued,
         api_key_file=api_key_file,
@@ -99,7 +99,7 @@ def chat(
     console = Console()
     served = served_model(model, heads, backbone, tracking_uri)
     engine = Engine.from_pretrained(
-        served.backbone, served.heads, max_batch_size=1, speculation=_speculation(speculation)
+        served.backbone, served.heads, max_batch_size=1, speculation=parse_speculation(speculation)
     )
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     conversation: list[int] = []
@@ -137,7 +137,7 @@ def _stream(engine, prompt: list[int], params, console: Console) -> list[int]:  
     return reply
 
 
-def _speculation(text: str) -> str | int:
+def parse_speculation(text: str) -> str | int:
     if text in ("auto", "off"):
         return text
     if not text.isdigit():

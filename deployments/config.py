@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from deployments.auth import check_hashes, read_hashes
 from medusa import Typical
@@ -45,6 +47,7 @@ class ServerConfig:
     """
 
     model: str
+    backbone_digest: str | None = None  # of the weights; a replica that finds another refuses to start
     heads: str | None = None
     heads_version: str | None = None
     heads_digest: str | None = None
@@ -114,6 +117,18 @@ class ServerConfig:
     @property
     def served_name(self) -> str:
         return self.model_name or Path(self.model).name
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """What `Engine.from_pretrained` takes beside model and heads."""
+        return {
+            "device": self.device,
+            "dtype": getattr(torch, self.dtype) if self.dtype else None,
+            "max_batch_size": self.max_batch_size,
+            "max_model_len": self.max_model_len,
+            "kv_cache_gb": self.kv_cache_gb,
+            "speculation": self.speculation,
+            "acceptance": self.acceptance,
+        }
 
     @property
     def heads_config(self) -> HeadsConfig:

@@ -49,7 +49,7 @@ def local_service(config: ServerConfig) -> Iterator[str]:
         try:
             serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
             url = f"http://{_reachable(config.host)}:{config.port}"
-            _wait_until_healthy(url)
+            wait_until_healthy(url)
             yield url
         finally:
             if serve_was_running:
@@ -104,6 +104,13 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def _check_port(host: str, port: int) -> None:
     """Ray Serve would go on trying; here the user learns it at once."""
     with socket.socket() as probe:
@@ -118,9 +125,12 @@ def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "") else host
 
 
-def _wait_until_healthy(url: str, timeout_s: float = 60.0) -> None:
+def wait_until_healthy(url: str, timeout_s: float = 60.0, *, is_alive: Callable[[], bool] = lambda: True) -> None:
+    """Raises RuntimeError when /health does not answer 200 in time, or at once when what serves it is not alive."""
     deadline = time.monotonic() + timeout_s
     while True:
+        if not is_alive():
+            raise RuntimeError(f"what was to serve {url} has ended; its own output says why")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from fastapi import FastAPI
 from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -26,6 +25,7 @@ from deployments.config import HeadsConfig, ServerConfig
 from deployments.heads_slot import HeadsSlot, verified
 from deployments.metrics import Metrics, RayMirror
 from medusa import Engine
+from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import to_dict, validate
 
 logger = logging.getLogger(__name__)
@@ -48,17 +48,12 @@ class LoadedService:
 def load_service(config: ServerConfig, *, replica: str = "local", send_request_id: bool = True) -> LoadedService:
     """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
     heads = verified(config.heads_config)
-    engine = Engine.from_pretrained(
-        config.model,
-        config.heads,
-        device=config.device,
-        dtype=getattr(torch, config.dtype) if config.dtype else None,
-        max_batch_size=config.max_batch_size,
-        max_model_len=config.max_model_len,
-        kv_cache_gb=config.kv_cache_gb,
-        speculation=config.speculation,
-        acceptance=config.acceptance,
-    )
+    engine = Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+    if config.backbone_digest not in (None, engine.backbone.digest):
+        raise CheckpointMismatchError(
+            f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "
+            "be served; fetch the model again"
+        )
     running = AsyncEngine(
         engine,
         max_queued=config.max_queued_requests,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from safetensors import SafetensorError
 
 from deployments import local
 from deployments.async_engine import EngineUnavailable
@@ -105,6 +107,21 @@ def test_heads_of_another_digest_are_not_served(tiny_llama, tiny_heads):
     config = ServerConfig(model=str(tiny_llama), heads=str(tiny_heads), heads_digest="0" * 64)
     with pytest.raises(CheckpointMismatchError, match=f"{directory_digest(tiny_heads)}.*{'0' * 64}"):
         load_service(config)
+
+
+def test_a_backbone_of_another_digest_is_not_served(tiny_llama):
+    config = ServerConfig(model=str(tiny_llama), backbone_digest="sha256:00", max_batch_size=1)
+    with pytest.raises(CheckpointMismatchError, match="but sha256:00 was to be served"):
+        load_service(config)
+
+
+def test_a_damaged_backbone_is_not_served(tiny_llama, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_llama, folder)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        load_service(ServerConfig(model=str(folder), max_batch_size=1))
 
 
 async def test_a_replica_is_as_healthy_as_its_engine(tiny_llama, monkeypatch):
