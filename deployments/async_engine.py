@@ -142,9 +142,9 @@ class AsyncEngine:
         return stream
 
     async def swap_heads(self, checkpoint: Checkpoint, heads: HeadsVersion) -> None:
-        """Requests submitted from now on get these heads, between two steps; running ones keep going. Where tokens
-        depend on heads (typical acceptance) running replies end first and new ones wait. Raises the engine's
-        CheckpointError, or EngineUnavailable."""
+        """Requests submitted from now on get these heads, between two steps; running ones keep going. Where the heads
+        have another shape, or tokens depend on them (typical acceptance), running replies end first and new ones wait.
+        Raises the engine's ValueError (a CheckpointError is one), or EngineUnavailable."""
         done: Future[None] = Future()
         self.check_health()
         self._inbox.put(partial(self._swap, checkpoint, heads, done))
@@ -281,10 +281,11 @@ class AsyncEngine:
                 self.metrics.aborted(request.unfinished)
 
     def _swap(self, checkpoint: Checkpoint, heads: HeadsVersion, done: Future[None]) -> None:
-        if self._postponed or (self._engine.tokens_depend_on_heads and self._engine.has_unfinished()):
-            self._postponed.append(partial(self._swap, checkpoint, heads, done))
-            return
         try:
+            must_wait = self._engine.must_be_idle_for(checkpoint) and self._engine.has_unfinished()
+            if self._postponed or must_wait:
+                self._postponed.append(partial(self._swap, checkpoint, heads, done))
+                return
             self._engine.swap_heads(checkpoint)
         except ValueError as error:  # the checkpoint's fault; the engine goes on with the heads it has
             done.set_exception(error)

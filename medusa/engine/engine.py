@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Literal
@@ -95,13 +96,11 @@ class Engine:
             max_nodes=self._limits.max_nodes,
             max_prefill_tokens=self._limits.max_prefill_tokens,
         )
-        self._runner = self._runner_of(None if acceptance == "exact" else acceptance)
+        self._acceptance = acceptance
         self.grammars = Grammars(tokenizer, backbone.vocab_size)
         self._counters = Counters()
-        self._loop = StepLoop(self._runner, self._scheduler, self._counters)
-        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
+        self._build_runner()
         self._ids = itertools.count()
-        self._has_own_law = acceptance != "exact"
         self._step_times = step_times
         self._decide(lambda: self._chooser(speculation, self._step_times))
 
@@ -223,20 +222,23 @@ class Engine:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
         self._decide(lambda: self._policy(step_times))
 
-    @property
-    def tokens_depend_on_heads(self) -> bool:
-        """Whether other heads can change a reply: they cannot under exact acceptance."""
-        return self._has_own_law
+    def must_be_idle_for(self, checkpoint: Checkpoint) -> bool:
+        """Whether running requests have to end before these heads can be taken: where their shape is another, or
+        replies depend on heads, as they do under typical acceptance and never under exact."""
+        if self.checkpoint is None:
+            return False
+        return self._acceptance != "exact" or not self._has_shape_of(checkpoint)
 
     def swap_heads(self, checkpoint: Checkpoint) -> None:
         """Guesses with other heads of the same backbone from the next step on, for running requests too, and chooses
         among their trees. Raises CheckpointMismatchError, or ValueError for heads that this engine has no room for; it
-        then goes on as before. Where tokens depend on the heads the engine must be idle."""
+        then goes on as before. `must_be_idle_for` tells whether requests may be running."""
         if self.checkpoint is None:
             raise ValueError("this engine was started without heads; start it with some to change them later")
-        if self.tokens_depend_on_heads and self.has_unfinished():
-            raise RuntimeError("under typical acceptance heads change between requests; wait for those that run to end")
+        if self.must_be_idle_for(checkpoint) and self.has_unfinished():
+            raise RuntimeError("these heads can be taken only while no request runs; wait for those that do to end")
         check_pair(checkpoint.meta, self.backbone, self.tokenizer.digest)
+        has_same_shape = self._has_shape_of(checkpoint)
         before = self.checkpoint, self.trees, self._tokens_per_step, self._limits
         trees, tokens_per_step = ladder_of(checkpoint.meta)
         limits = self._limits.with_heads(checkpoint, trees)
@@ -246,8 +248,10 @@ class Engine:
         except ValueError:
             self.checkpoint, self.trees, self._tokens_per_step, self._limits = before
             raise
-        self._runner.take_heads(checkpoint, limits.guess_width)
-        self._profiler = Profiler(self._runner, self._scheduler, self._cache, limits, self.tokenizer)
+        if has_same_shape:
+            self.checkpoint = replace(checkpoint, heads=self._runner.take_heads(checkpoint.heads))
+        else:
+            self._build_runner()
 
     def measure_step_times(
         self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = CONTEXT
@@ -259,6 +263,11 @@ class Engine:
         for tree in trees:
             self._limits.check_tree(tree)
         return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
+
+    def _build_runner(self) -> None:
+        self._runner = self._runner_of(None if self._acceptance == "exact" else self._acceptance)
+        self._loop = StepLoop(self._runner, self._scheduler, self._counters)
+        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, self.tokenizer)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
         """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
@@ -288,6 +297,14 @@ class Engine:
 
     def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
         return [self._choose(len(sequences))] * len(sequences)
+
+    def _has_shape_of(self, checkpoint: Checkpoint) -> bool:
+        """Whether these heads fit into the buffers of the ones in use."""
+        assert self.checkpoint is not None
+        trees, _ = ladder_of(checkpoint.meta)
+        return (
+            checkpoint.config == self.checkpoint.config and self._limits.with_heads(checkpoint, trees) == self._limits
+        )
 
     def _decide(self, decision: Callable[[], Choose]) -> None:
         """How steps get their trees; asked again when the trees change. Raises its ValueError with nothing changed."""

@@ -25,6 +25,7 @@ from medusa.engine.sequence import Sequence
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
 from medusa.engine.tree_rows import TreeRows
+from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.tree import Path, TokenTree
 
@@ -98,6 +99,12 @@ class GraphRunner:
         self._upload(shape, rows, counts)
         self._graphs.run((shape, "whole"), lambda: self._whole(shape))
         return Emission.of(self._step.buffers(shape).emitted, list(range(len(rows))))
+
+    @torch.no_grad()
+    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+        """As StepRunner.take_heads; the graphs read the weights where they are."""
+        assert self._step.heads is not None
+        return self._step.heads.take(heads)
 
     @torch.inference_mode()
     def rewind(self, sequences: Items[Sequence], length: int) -> None:

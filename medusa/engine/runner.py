@@ -20,6 +20,7 @@ from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
 from medusa.engine.step import Done, PrefillChunk, StepTokens
+from medusa.heads import MedusaHeads
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
@@ -102,16 +103,11 @@ class Runner:
         return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
     @torch.no_grad()
-    def take_heads(self, checkpoint: Checkpoint, guess_width: int) -> None:
-        """As StepRunner.take_heads; weights of the same shape are copied into those that are in use."""
-        if self._heads is not None and (self._heads.config, self._guess_width) == (checkpoint.config, guess_width):
-            self._heads.load_state_dict(checkpoint.heads.state_dict())
-            return
-        self._heads, self._guess_width = checkpoint.heads, guess_width
-        pack(self._heads)
-        rows, num_heads = len(self._length), checkpoint.config.num_heads
-        self._guesses = torch.zeros(rows, num_heads, guess_width, dtype=torch.int64, device=self._guesses.device)
-        self._num_guessed.zero_()
+    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+        """As StepRunner.take_heads."""
+        assert self._heads is not None
+        self._heads.load_state_dict(heads.state_dict())
+        return self._heads
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
         """As StepRunner.rewind."""
@@ -180,7 +176,7 @@ class Runner:
             return step
         logits_DV = self._backbone.logits(hidden_Nd[: len(following)])
         wanted = chunk.sequence.params.prompt_logprobs or 0
-        return replace(step, prompt_logprobs=_logprobs(logits_DV, following, wanted))
+        return replace(step, prompt_logprobs=token_logprobs(logits_DV, following, wanted))
 
     def _forward(
         self, rows_B: torch.Tensor, length_B: torch.Tensor, tree: TreeBatch, tokens_BN: torch.Tensor

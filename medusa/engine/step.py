@@ -17,8 +17,8 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from medusa.checkpoint import Checkpoint
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.heads import MedusaHeads
 from medusa.tree import TokenTree
 
 
@@ -108,8 +108,9 @@ class StepRunner(Protocol):
         the next step; nodes deeper than the heads that guessed for this one take no part."""
         ...
 
-    def take_heads(self, checkpoint: Checkpoint, guess_width: int) -> None:
-        """Guesses with these heads from the next launch on. Guesses that were made stay, unless the shape changes."""
+    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+        """Guesses with the weights of these heads from the next launch on, and returns those that hold them: they are
+        copied into the ones in use, which must have the same shape. Guesses that were made stay."""
         ...
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:

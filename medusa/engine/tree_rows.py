@@ -55,6 +55,12 @@ class TreeRows:
         template, count = self._template(self._order(tree)), tree.num_nodes
         return template.ancestors_NN[:count, :count], template.depth_N[:count].long()
 
+    def parents(self, tree: TokenTree) -> list[int]:
+        """Each node's parent in that order; -1 for the root."""
+        order = self._order(tree)[: tree.num_nodes]
+        index = {path: node for node, path in enumerate(order)}
+        return [index[path[:-1]] if path else -1 for path in order]
+
     def _order(self, tree: TokenTree) -> tuple[Path, ...]:
         if tree not in self._orders:
             begins = set(self._growth[: tree.num_nodes]) == set(tree.paths)

@@ -45,7 +45,7 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.threads: set[int] = set()
         self.aborted: list[str] = []
-        self.tokens_depend_on_heads = False
+        self.must_be_idle = False
         self.swapped: list[object] = []
         self._sequences: list[Sequence] = []
         self._steps = 0
@@ -94,9 +94,12 @@ class ScriptedEngine:
         self.aborted.append(request_id)
         self._sequences = [sequence for sequence in self._sequences if sequence.request_id != request_id]
 
+    def must_be_idle_for(self, checkpoint: object) -> bool:
+        return self.must_be_idle
+
     def swap_heads(self, checkpoint: object) -> None:
         self.threads.add(threading.get_ident())
-        assert not (self.tokens_depend_on_heads and self._sequences)
+        assert not (self.must_be_idle and self._sequences)
         if isinstance(checkpoint, Exception):
             raise checkpoint
         self.swapped.append(checkpoint)

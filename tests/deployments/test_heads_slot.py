@@ -164,8 +164,8 @@ async def test_a_running_request_keeps_its_version_and_later_ones_get_the_new(as
     assert len(finished[0].token_ids) == 40
 
 
-async def test_where_tokens_depend_on_heads_what_runs_ends_first_and_new_requests_wait(async_engine, scripted):
-    scripted.tokens_depend_on_heads = True
+async def test_heads_that_need_an_idle_engine_wait_for_what_runs_and_new_requests_for_them(async_engine, scripted):
+    scripted.must_be_idle = True
     scripted.pause_after = 1
     old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
@@ -192,7 +192,7 @@ async def test_where_tokens_depend_on_heads_what_runs_ends_first_and_new_request
 
 async def test_an_engine_that_fails_meanwhile_tells_who_waits_for_a_swap(scripted):
     engine = AsyncEngine(scripted)
-    scripted.tokens_depend_on_heads = True
+    scripted.must_be_idle = True
     scripted.gate.clear()
     stream = await engine.submit([("hello", SamplingParams(max_tokens=40))])
     swap = asyncio.ensure_future(engine.swap_heads("new heads", NEW))

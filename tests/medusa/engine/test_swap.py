@@ -61,19 +61,38 @@ def accepted(completions):
     return [completion.accepted_per_step for completion in completions]
 
 
-@pytest.mark.parametrize("num_heads", [4, 3, 5], ids=["same-shape", "fewer", "more"])
-def test_replies_do_not_change_and_later_guesses_are_the_new_heads(tiny_llama, num_heads):
-    depth = min(num_heads, 4)
-    trees = [grow(ACCURACY[:depth], 8), grow(ACCURACY[:depth], 16)]
-    old, new = heads_of(tiny_llama, 1), heads_of(tiny_llama, 2, num_heads=num_heads, trees=trees)
+def test_replies_do_not_change_and_later_guesses_are_the_new_heads(tiny_llama):
+    old, new = heads_of(tiny_llama, 1), heads_of(tiny_llama, 2)
     engine = engine_with(tiny_llama, old)
     plain = run(engine_with(tiny_llama, old, speculation="off"))
     before = run(engine)
+    assert not engine.must_be_idle_for(new)
     assert tokens(run(engine, swap_after=5, checkpoint=new)) == tokens(before) == tokens(plain)
-    assert engine.trees == engine_with(tiny_llama, new).trees
-    fresh = run(engine_with(tiny_llama, heads_of(tiny_llama, 2, num_heads=num_heads, trees=trees)))
+    assert engine.checkpoint.meta is new.meta
+    fresh = run(engine_with(tiny_llama, heads_of(tiny_llama, 2)))
     assert accepted(run(engine)) == accepted(fresh)
     assert accepted(fresh) != accepted(before)
+
+
+@pytest.mark.parametrize("num_heads", [3, 5], ids=["fewer", "more"])
+def test_heads_of_another_shape_are_taken_by_an_idle_engine(tiny_llama, num_heads):
+    depth = min(num_heads, 4)
+    trees = [grow(ACCURACY[:depth], 8), grow(ACCURACY[:depth], 16)]
+    engine = engine_with(tiny_llama, heads_of(tiny_llama, 1))
+    before = run(engine)
+    new = heads_of(tiny_llama, 2, num_heads=num_heads, trees=trees)
+    assert engine.must_be_idle_for(new)
+    with pytest.raises(RuntimeError, match="while no request runs"):
+        run(engine, swap_after=3, checkpoint=new)
+    while engine.has_unfinished():
+        engine.step()
+    engine.swap_heads(new)
+    fresh = engine_with(tiny_llama, new)
+    after = run(engine)
+    assert engine.trees == fresh.trees
+    assert tokens(after) == tokens(before)
+    assert accepted(after) == accepted(run(fresh))
+    assert engine.stats().pages_used == 0
 
 
 def test_swapping_there_and_back_is_as_before(tiny_llama):
@@ -136,13 +155,12 @@ def test_an_engine_without_heads_takes_none(tiny_llama):
 
 def test_typical_acceptance_swaps_when_idle(tiny_llama):
     engine = engine_with(tiny_llama, heads_of(tiny_llama, 1), acceptance=Typical())
-    assert engine.tokens_depend_on_heads
+    assert engine.must_be_idle_for(heads_of(tiny_llama, 2))
     engine.add(PROMPTS[0], greedy(max_tokens=4))
-    with pytest.raises(RuntimeError, match="wait for those that run to end"):
+    with pytest.raises(RuntimeError, match="wait for those that do to end"):
         engine.swap_heads(heads_of(tiny_llama, 2))
     while engine.has_unfinished():
         engine.step()
     new = heads_of(tiny_llama, 2)
     engine.swap_heads(new)
-    assert engine.checkpoint is new
-    assert not engine_with(tiny_llama, new).tokens_depend_on_heads
+    assert engine.checkpoint.meta is new.meta
