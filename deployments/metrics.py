@@ -48,6 +48,9 @@ class Metrics:
         self._healthy = gauge("engine_healthy", "1 while the engine takes requests, 0 once it is sick.")
         self._queued_tokens = gauge("queued_prompt_tokens", "Prompt tokens admitted whose reply has not begun.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
+        self._prefix_queries = counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
+        self._prefix_hits = counter("prefix_cache_hits", "Prompt tokens found there.")
+        self._preemptions = counter("num_preemptions", "Replies that gave their pages back for a while.")
         self._generated = counter("generation_tokens", "Tokens generated.")
         self._steps = counter("decode_steps", "Decode steps by the size of their tree.", "tree_size")
         self._drafts = counter("spec_decode_num_drafts", "Trees of guesses checked, one a reply and step.")
@@ -62,7 +65,9 @@ class Metrics:
         self._ttft = histogram("time_to_first_token_seconds", "From the request to its first token.", LONG_S)
         self._itl = histogram("inter_token_latency_seconds", "Time a token, within a reply.", SHORT_S)
         self._e2e = histogram("e2e_request_latency_seconds", "From the request to the end of a reply.", LONG_S)
-        self._queue = histogram("request_queue_time_seconds", "From the request to the step that began it.", LONG_S)
+        self._queue = histogram(
+            "request_queue_time_seconds", "From the request to the step of its first token.", LONG_S
+        )
         self._step_time = histogram("step_time_seconds", "Time of one step of the engine.", SHORT_S)
         self._prompt_length = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
         self._reply_length = histogram("request_generation_tokens", "Tokens of a reply.", TOKENS)
@@ -82,7 +87,13 @@ class Metrics:
         self._pages.set(now.pages_used / now.pages_total if now.pages_total else 0.0)
         self._tree.set(now.tree_size)
         self._step_time.observe(seconds)
-        self._prompt_tokens.inc(now.prefill_tokens - before.prefill_tokens)
+        computed, reused = now.prefill_tokens - before.prefill_tokens, now.reused_tokens - before.reused_tokens
+        self._prompt_tokens.inc(computed)
+        self._prefix_queries.inc(computed + reused)
+        self._prefix_hits.inc(reused)
+        self._preemptions.inc(now.preemptions - before.preemptions)
+        self._draft_tokens.inc(now.drafted_tokens - before.drafted_tokens)
+        self._accepted.inc(now.accepted_tokens - before.accepted_tokens)
         if now.steps > before.steps:
             self._steps.labels(**self._labels, tree_size=str(now.tree_size)).inc(now.steps - before.steps)
 
@@ -92,11 +103,9 @@ class Metrics:
         self._waiting.set(now.waiting)
         self._pages.set(now.pages_used / now.pages_total if now.pages_total else 0.0)
 
-    def drafted(self, num_guesses: int, num_accepted: int) -> None:
-        """One reply's tree in one step."""
+    def drafted(self, num_accepted: int) -> None:
+        """One reply's tree in one step, of which so many guesses were kept."""
         self._drafts.inc()
-        self._draft_tokens.inc(num_guesses)
-        self._accepted.inc(num_accepted)
         for position in range(num_accepted):
             self._by_position.labels(**self._labels, position=str(position)).inc()
 

@@ -43,7 +43,7 @@ class RequestRecord:
             metrics.generated(count)
         elif count:
             metrics.generated(count, (step.ended - last) / count)
-            metrics.drafted(step.after.tree_size - 1, output.num_draft_accepted)
+            metrics.drafted(output.num_draft_accepted)
         if count:
             self._last[output.index] = step.ended
         if output.finished is not None:

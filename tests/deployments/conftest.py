@@ -48,7 +48,7 @@ class ScriptedEngine:
         self.must_be_idle = False
         self.swapped: list[object] = []
         self._sequences: list[Sequence] = []
-        self._steps = 0
+        self._steps = self._prefilled = self._drafted = self._accepted = 0
 
     def add(self, prompt: str | list[int], params: SamplingParams, *, request_id: str) -> str:
         self.threads.add(threading.get_ident())
@@ -84,11 +84,15 @@ class ScriptedEngine:
 
     def _advance(self, sequence: Sequence) -> Output:
         done = len(sequence.output_ids)
+        self._prefilled += 0 if done else len(sequence.prompt_ids)
+        self._drafted += self.width - 1 if done else 0
         width = self.width if done else 1
         ids = [self.script[(done + i) % len(self.script)] for i in range(width)]
         top = sequence.params.logprobs or 0
         logprobs = [TokenLogprob(t, -0.25, [(t, -0.25), (0, float("-inf"))][:top]) for t in ids]
-        return sequence.append(ids, logprobs, decoded=done > 0)
+        output = sequence.append(ids, logprobs, decoded=done > 0)
+        self._accepted += output.num_draft_accepted
+        return output
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
@@ -113,7 +117,9 @@ class ScriptedEngine:
             running=running,
             waiting=len(self._sequences) - running,
             steps=self._steps,
-            prefill_tokens=0,
+            prefill_tokens=self._prefilled,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             decode_tokens=0,
             pages_used=running,
             pages_total=self.max_batch_size * PAGES_EACH,

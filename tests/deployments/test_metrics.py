@@ -84,6 +84,8 @@ async def test_what_a_request_leaves_behind(client):
     assert value("spec_decode_num_accepted_tokens_per_pos_total", position="0") == 8
     assert value("spec_decode_num_accepted_tokens_per_pos_total", position="1") == 6
     assert value("tree_size") == 3
+    assert value("prompt_tokens_total") == value("prefix_cache_queries_total") == 14  # each reply's own prefill
+    assert value("prefix_cache_hits_total") == value("num_preemptions_total") == 0
     assert value("request_tokens_per_step_sum") == pytest.approx(2 * 11 / 4)
     assert value("time_to_first_token_seconds_count") == 1
     assert value("request_queue_time_seconds_count") == 1
@@ -162,7 +164,7 @@ def test_a_version_that_is_gone_reads_zero_in_ray():
 def test_the_dashboard_names_only_metrics_that_exist():
     metrics = Metrics("tiny")
     for position in range(2):
-        metrics.drafted(2, position + 1)
+        metrics.drafted(position + 1)
     metrics.refused(429)
     metrics.swapped("taken")
     metrics.aborted(1)
