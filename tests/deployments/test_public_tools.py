@@ -62,23 +62,6 @@ def run(command, tmp_path):
 def test_lm_eval_gets_the_models_own_logprobs(url, tiny_llama, tmp_path):
     rng = random.Random(0)
     words = "the quick brown fox jumps over a lazy dog and asks how many more it takes"
-        "the",
-        "quick",
-        "brown",
-        "fox",
-        "jumps",
-        "over",
-        "a",
-        "lazy",
-        "dog",
-        "and",
-        "asks",
-        "how",
-        "many",
-        "more",
-        "it",
-        "takes",
-    ]
     rows = [
         {
             "question": " ".join(rng.sample(words.split(), 5)),
