@@ -13,8 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cli import pipeline, registry, serving
-from cli.bench import bench
+from cli import bench, pipeline, registry, serving
 from cli.demo import demo
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
@@ -61,7 +60,7 @@ pipeline.add_commands(app)
 registry.add_commands(app)
 serving.add_commands(app)
 app.command()(demo)
-app.add_typer(bench, name="bench")
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

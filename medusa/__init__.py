@@ -3,8 +3,8 @@
 from medusa.decoding import Typical
 from medusa.engine.engine import Engine
 from medusa.engine.sequence import Completion, Output, TokenLogprob
-from medusa.engine.speculation import StepTimes
 from medusa.engine.stats import EngineStats
+from medusa.engine.step_times import StepTimes
 from medusa.grammar import Grammar
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.sampling import SamplingParams

@@ -9,16 +9,20 @@ Shapes: B replies, T positions, K heads, S guesses a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
-from medusa.tree import TokenTree
+from medusa.tree import Accuracy, Path, TokenTree, grow_in_order
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt ids, reply ids
+ROOTS_OF = 8  # nodes of the tree whose steps tell where paths are counted
+PATH_PRIOR = 10.0  # a head's own accuracy counts as much as so many sights of the parent path
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,19 @@ def head_accuracy(replies: Iterable[ReplyGuesses], num_heads: int, width: int) -
     return [[hit / max(positions, 1) for hit in head] for head in hits], positions
 
 
+def grow_on(replies: Sequence[ReplyGuesses], accuracy: Accuracy, num_nodes: int) -> tuple[list[Path], list[float]]:
+    """The tree whose whole paths were right most often, as its paths in the order of growth, and how often each was.
+
+    Counted where steps begin: right after a miss, where guesses are worse than elsewhere. Products of accuracies over
+    all positions overlook that, and that heads do not fail independently. Where steps begin depends on the tree, so one
+    of ROOTS_OF nodes is grown first, on all positions. Rarely seen paths are drawn towards `accuracy`.
+    """
+    everywhere = _grow(_path_counts(replies, len(accuracy), _all_positions), accuracy, min(num_nodes, ROOTS_OF))
+    tree = TokenTree.from_paths(path for path, _ in everywhere)
+    growth = _grow(_path_counts(replies, len(accuracy), lambda item: _roots(item, tree)), accuracy, num_nodes)
+    return [path for path, _ in growth], [value for _, value in growth]
+
+
 def walk(item: ReplyGuesses, tree: TokenTree) -> list[int]:
     """Tokens that each decode step of the engine adds to this reply under exact acceptance: `accepted_per_step`."""
     children = set(tree.paths)
@@ -85,6 +102,42 @@ def tokens_per_step(replies: Iterable[ReplyGuesses], tree: TokenTree) -> float:
     """Mean acceptance length over a set: tokens of decode steps over decode steps (1.0 without any step)."""
     steps = [kept for item in replies for kept in walk(item, tree)]
     return sum(steps) / len(steps) if steps else 1.0
+
+
+def _grow(hits: Counter[Path], accuracy: Accuracy, num_nodes: int) -> list[tuple[Path, float]]:
+    def given_parent(path: Path) -> float:
+        rate = accuracy[len(path) - 1][path[-1]]
+        return (hits[path] + PATH_PRIOR * rate) / (hits[path[:-1]] + PATH_PRIOR)
+
+    return grow_in_order([len(head) for head in accuracy], given_parent, num_nodes)
+
+
+def _path_counts(
+    replies: Iterable[ReplyGuesses], num_heads: int, positions: Callable[[ReplyGuesses], Iterable[int]]
+) -> Counter[Path]:
+    """How often each path of ranks led to the reply's own tokens; the root, (), counts the positions."""
+    hits: Counter[Path] = Counter()
+    for item in replies:
+        for i in positions(item):
+            if i + num_heads >= len(item.reply):
+                continue  # not every head has a token to guess
+            path: Path = ()
+            hits[path] += 1
+            for guesses, target in zip(item.guesses[i], item.reply[i + 1 :], strict=False):
+                if target not in guesses:
+                    break
+                path = (*path, guesses.index(target))
+                hits[path] += 1
+    return hits
+
+
+def _all_positions(item: ReplyGuesses) -> Iterable[int]:
+    return range(len(item.reply))
+
+
+def _roots(item: ReplyGuesses, tree: TokenTree) -> Iterable[int]:
+    """Where the steps of a walk begin."""
+    return accumulate(walk(item, tree)[:-1], initial=0)
 
 
 def _guess_batch(backbone: Backbone, heads: MedusaHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:

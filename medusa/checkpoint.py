@@ -57,12 +57,24 @@ class BackboneRef:
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """`accuracy[head][rank]` over `num_positions` of the backbone's own replies at `temperature`, and the tokens a
-    step that a walk over those replies measured for each tree of the ladder (empty: not measured)."""
+    step that a walk over those replies measured for each tree of the ladder (empty: not measured).
+
+    `growth` lists the paths in the order in which the largest tree grows, and `path_accuracy` how often each of them
+    was right as a whole; an earlier release did not count that, and left both empty.
+    """
 
     accuracy: list[list[float]]
     num_positions: int
     temperature: float = 0.0
     tokens_per_step: list[float] = field(default_factory=list)
+    growth: list[list[int]] = field(default_factory=list)
+    path_accuracy: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.growth) != len(self.path_accuracy):
+            raise ValueError(
+                f"growth lists {len(self.growth)} paths, path_accuracy {len(self.path_accuracy)}; each needs one"
+            )
 
 
 @strict

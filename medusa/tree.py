@@ -7,7 +7,7 @@ The root `()` is the model's own last token, so plain decoding is the tree of on
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -96,32 +96,41 @@ class TokenTree:
 def grow(accuracy: Accuracy, num_nodes: int) -> TokenTree:
     """The tree of `num_nodes` nodes with the highest expected acceptance (paper, section 2.3.3).
 
-    Adds the best connected node, whose value is the product of the accuracies along its path, until the budget is
-    spent; nodes never worth anything (value 0) are not added, so the tree can be smaller. Growth is greedy, hence a
-    smaller tree is always part of a larger one.
+    Nodes never worth anything (value 0) are not added, so the tree can be smaller. A smaller tree is always part of a
+    larger one.
+    """
+    widths = [len(head) for head in accuracy]
+    growth = grow_in_order(widths, lambda path: accuracy[len(path) - 1][path[-1]], num_nodes)
+    return TokenTree.from_paths(path for path, _ in growth)
+
+
+def grow_in_order(
+    widths: Sequence[int], given_parent: Callable[[Path], float], num_nodes: int
+) -> list[tuple[Path, float]]:
+    """The best tree's paths and their values, the most valuable first and without the root; every prefix is a tree.
+
+    Adds the best connected node until the budget is spent. A node's value is its parent's times `given_parent(path)`:
+    how often it is right where its parent is. Head k offers `widths[k]` guesses.
     """
     if num_nodes < 1:
         raise ValueError(f"a token tree has at least 1 node, got {num_nodes}")
-    paths: list[Path] = []
+    growth: list[tuple[Path, float]] = []
     frontier: list[tuple[float, Path]] = []
-
-    def offer(path: Path, parent_value: float) -> None:
-        head, rank = len(path) - 1, path[-1]
-        if head < len(accuracy) and rank < len(accuracy[head]) and parent_value * accuracy[head][rank] > 0:
-            heapq.heappush(frontier, (-parent_value * accuracy[head][rank], path))
 
     # A head's accuracy need not fall with rank on a small calibration set, so every sibling is offered at once.
     def offer_children(path: Path, value: float) -> None:
-        if len(path) < len(accuracy):
-            for rank in range(len(accuracy[len(path)])):
-                offer((*path, rank), value)
+        if len(path) < len(widths):
+            for rank in range(widths[len(path)]):
+                child = (*path, rank)
+                if value * given_parent(child) > 0:
+                    heapq.heappush(frontier, (-value * given_parent(child), child))
 
     offer_children((), 1.0)
-    while frontier and len(paths) < num_nodes - 1:
+    while frontier and len(growth) < num_nodes - 1:
         negative_value, path = heapq.heappop(frontier)
-        paths.append(path)
+        growth.append((path, -negative_value))
         offer_children(path, -negative_value)
-    return TokenTree.from_paths(paths)
+    return growth
 
 
 def ladder(accuracy: Accuracy, sizes: Sequence[int]) -> list[TokenTree]:

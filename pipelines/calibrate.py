@@ -19,20 +19,20 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from medusa import Engine, StepTimes, TokenTree
-from medusa.calibration import Row, guess_replies, head_accuracy, tokens_per_step
+from medusa.calibration import Row, grow_on, guess_replies, head_accuracy, tokens_per_step
 from medusa.checkpoint import Calibration, Checkpoint, load_checkpoint, update_meta
 from medusa.config import strict, to_dict
-from medusa.engine.speculation import Policy
+from medusa.engine.speculation import best_tree
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
-from medusa.tree import expected_tokens, ladder
+from medusa.tree import expected_tokens
 from pipelines.artifact import StepOutput, open_step
 from pipelines.split import is_held_back
 
 if TYPE_CHECKING:
     from pipelines.run import RunContext
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 CHECKPOINT = "checkpoint"
 CALIBRATION = "calibration.json"
 
@@ -90,12 +90,19 @@ def calibrate(
                 f"none of the {len(rows)} rows kept back has a reply longer than the {checkpoint.config.num_heads} "
                 "heads reach; distil more or longer replies"
             )
-        trees = ladder(accuracy, [1, *config.sizes])
+        growth, whole_paths = grow_on(replies, accuracy, max(config.sizes))
+        trees = _ladder(growth, config.sizes)
         measured = [tokens_per_step(replies, tree) for tree in trees]
         destination = _calibrated_copy(trained.path / CHECKPOINT, step.path / CHECKPOINT)
         update_meta(
             destination,
-            calibration=Calibration(accuracy=accuracy, num_positions=positions, tokens_per_step=measured),
+            calibration=Calibration(
+                accuracy=accuracy,
+                num_positions=positions,
+                tokens_per_step=measured,
+                growth=[list(path) for path in growth],
+                path_accuracy=whole_paths,
+            ),
             trees=[tree.to_list() for tree in trees],
         )
         times = _measure(context, backbone, load_checkpoint(destination, backbone), config, trees)
@@ -105,11 +112,17 @@ def calibrate(
         return step.commit({"counts": {"rows": len(rows), "positions": positions}})
 
 
+def _ladder(growth: Sequence[Sequence[int]], sizes: Sequence[int]) -> list[TokenTree]:
+    """The trees of these sizes, ascending, from the single root on; equal ones (growth ran out) appear once."""
+    trees = {TokenTree.from_paths(growth[: size - 1]) for size in (1, *sizes)}
+    return sorted(trees, key=lambda tree: tree.num_nodes)
+
+
 def choose_tree(
     trees: Sequence[TokenTree], measured: Sequence[float], times: StepTimes, batch_size: int, min_gain: float
 ) -> TokenTree:
     """The tree with the most expected tokens a second at this batch size; one node unless it gains `min_gain`."""
-    best = Policy(tuple(trees), tuple(measured), times).choose(batch_size)
+    best = best_tree(trees, measured, times, batch_size)
     gain = dict(zip(trees, measured, strict=True))[best] * times.lookup(batch_size, 1)
     gain /= times.lookup(batch_size, best.num_nodes)
     return best if gain >= 1 + min_gain else TokenTree.root()

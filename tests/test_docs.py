@@ -31,7 +31,7 @@ def test_every_link_leads_to_a_file(document):
 
 def test_every_path_of_the_project_exists(document):
     paths = re.findall(
-        r"`((?:medusa|pipelines|registry|deployments|cli|models|tests|docs)/[\w./-]*)`", document.read_text()
+        r"`((?:medusa|pipelines|registry|deployments|benchmarks|cli|models|tests|docs)/[\w./-]*)`", document.read_text()
     )
     assert [path for path in paths if not (ROOT / path).exists()] == []
 

@@ -1,6 +1,6 @@
 """The decoder of a GPU step: a list of nodes in, their hidden states out, in launches that a CUDA graph can hold.
 
-`FusedDecoder` runs the Llama family (RMSNorm, rotary attention, gated MLP) by this project's own kernels, seven launches
+`FusedDecoder` runs the Llama family (RMSNorm, rotary attention, gated MLP) by this project's own kernels, six launches
 a layer. `ModuleDecoder` runs any other supported model through transformers' modules with tree attention over pages
 inside; it is also the plain twin that tests hold the fused one against.
 
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
-from medusa.kernels.attention import AttentionPlan, Scratch, Visible, attend
+from medusa.kernels.attention import attend
+from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.gate import silu_mul
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import gated, plan_gated, plan_product, product
@@ -109,20 +110,28 @@ class FusedDecoder:
 
     def _attention(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
         product(buffers.normed_Md, layer.qkv, buffers.qkv_MHD.flatten(1), layer.qkv_bias, pdl=self.pdl)
-        visible = nodes.visible
-        rope_write(
-            buffers.qkv_MHD, cache, visible.tables_RP, visible.length_R, nodes.row_M, nodes.node_M, nodes.position_M,
-            self._cos, self._sin, layer.head_norms, pdl=self.pdl,
-        )  # fmt: skip
-        query_MHD = buffers.qkv_MHD[:, : buffers.attended_MHD.shape[1]]
-        attend(
-            query_MHD, cache, visible, nodes.plan, buffers.attended_MHD, self._scratch, layer.scaling,
-            window=layer.window, pdl=self.pdl,
-        )  # fmt: skip
+        self._attend(cache, layer, nodes, buffers)
         product(buffers.attended_MHD.flatten(1), layer.out, buffers.out_SMd, pdl=self.pdl)
         add_norm(
             buffers.out_SMd, buffers.residual_Md, layer.mlp_norm, self._eps, buffers.normed_Md, layer.out_bias,
             pdl=self.pdl,
+        )  # fmt: skip
+
+    def _attend(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
+        """A step's attention rotates and writes by itself; for a prompt's chains that is a launch of its own."""
+        visible, heads = nodes.visible, buffers.attended_MHD.shape[1]
+        if visible.bits_RNW is not None:
+            query_MHD = buffers.qkv_MHD
+            rotation = Rotation(nodes.position_M, self._cos, self._sin, layer.head_norms)
+        else:
+            query_MHD, rotation = buffers.qkv_MHD[:, :heads], None
+            rope_write(
+                buffers.qkv_MHD, cache, visible.tables_RP, visible.length_R, nodes.row_M, nodes.node_M,
+                nodes.position_M, self._cos, self._sin, layer.head_norms, pdl=self.pdl,
+            )  # fmt: skip
+        attend(
+            query_MHD, cache, visible, nodes.plan, buffers.attended_MHD, self._scratch, layer.scaling,
+            rotation=rotation, window=layer.window, pdl=self.pdl,
         )  # fmt: skip
 
     def _mlp(self, layer: Layer, next_norm: torch.Tensor, buffers: Buffers) -> None:
@@ -168,18 +177,19 @@ class FusedDecoder:
 def fuse(layer: Any) -> Layer:
     """Lays Q, K and V, and gate and up, out as one matrix each, and makes the modules' parameters views of them."""
     attention, mlp = layer.self_attn, layer.mlp
+    projections = [attention.q_proj, attention.k_proj, attention.v_proj]
     norms = None
     if hasattr(attention, "q_norm"):
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "weight"),
-        qkv_bias=_joined([attention.q_proj, attention.k_proj, attention.v_proj], "bias"),
+        qkv=_joined([linear.weight for linear in projections]),
+        qkv_bias=None if attention.q_proj.bias is None else _joined([linear.bias for linear in projections]),
         head_norms=norms,
         out=attention.o_proj.weight,
         out_bias=attention.o_proj.bias,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_joined([mlp.gate_proj, mlp.up_proj], "weight"),
+        gate_up=_joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
         down=mlp.down_proj.weight,
         # Mistral's attention reads the window from its configuration, Qwen's decides by layer.
         window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
@@ -187,10 +197,7 @@ def fuse(layer: Any) -> Layer:
     )
 
 
-def _joined(linears: list[torch.nn.Linear], name: str) -> torch.Tensor | None:
-    parameters = [getattr(linear, name) for linear in linears]
-    if parameters[0] is None:
-        return None
+def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
         parameter.data = part

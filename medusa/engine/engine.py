@@ -22,10 +22,13 @@ from medusa.engine.profile import CONTEXT, Profiler
 from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
-from medusa.engine.speculation import Choose, Policy, StepTimes, always, ladder_of
+from medusa.engine.speculation import Adaptive, Always, Buckets, Policy, ladder_of
+from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
+from medusa.engine.step_times import StepTimes
 from medusa.grammar import Grammars
+from medusa.growth import grown_tree
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -66,7 +69,8 @@ class Engine:
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self.trees, self._tokens_per_step = ladder_of(checkpoint.meta) if checkpoint else ((), ())
+        self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
+        self._grown = grown_tree(checkpoint.meta) if checkpoint else None
         self._limits = Limits.of(
             backbone,
             checkpoint,
@@ -102,7 +106,7 @@ class Engine:
         self._build_runner()
         self._ids = itertools.count()
         self._step_times = step_times
-        self._decide(lambda: self._chooser(speculation, self._step_times))
+        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
 
     @classmethod
     def from_pretrained(
@@ -201,7 +205,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Prefills chunks of what can join, decodes one step of all that run, and returns what each reply gained."""
-        return self._loop.step(self._trees_of)
+        return self._loop.step()
 
     def abort(self, request_id: str) -> list[Output]:
         """Ends a request wherever it is and frees its row and pages; unknown ids are ignored (it may have ended)."""
@@ -216,11 +220,22 @@ class Engine:
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
         fixed = tree or TokenTree.root()
-        self._decide(lambda: self._always(fixed))
+        self._speculate(lambda: self._always(fixed))
+
+    def set_speculation(self, speculation: Speculation) -> None:
+        """From the next step on, as the constructor's argument of that name; "auto" measures once an engine."""
+        if speculation == "auto" and self._step_times is None and self.has_unfinished():
+            raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
+        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
+
+    @property
+    def step_times(self) -> StepTimes | None:
+        """What "auto" chooses by, once it was measured or given."""
+        return self._step_times
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        self._decide(lambda: self._policy(step_times))
+        self._speculate(lambda: self._adaptive(step_times))
 
     def must_be_idle_for(self, checkpoint: Checkpoint) -> bool:
         """Whether running requests have to end before these heads can be taken: where their shape is another, or
@@ -239,30 +254,39 @@ class Engine:
             raise RuntimeError("these heads can be taken only while no request runs; wait for those that do to end")
         check_pair(checkpoint.meta, self.backbone, self.tokenizer.digest)
         has_same_shape = self._has_shape_of(checkpoint)
-        before = self.checkpoint, self.trees, self._tokens_per_step, self._limits
-        trees, tokens_per_step = ladder_of(checkpoint.meta)
+        before = self.checkpoint, self.trees, self._grown, self._limits
+        trees, grown = ladder_of(checkpoint.meta), grown_tree(checkpoint.meta)
         limits = self._limits.with_heads(checkpoint, trees)
-        self.checkpoint, self.trees, self._tokens_per_step, self._limits = checkpoint, trees, tokens_per_step, limits
+        self.checkpoint, self.trees, self._grown, self._limits = checkpoint, trees, grown, limits
         try:
-            self._decide(self._decision)
+            speculation = self._make_speculation()
         except ValueError:
-            self.checkpoint, self.trees, self._tokens_per_step, self._limits = before
+            self.checkpoint, self.trees, self._grown, self._limits = before
             raise
         if has_same_shape:
-            self.checkpoint = replace(checkpoint, heads=self._runner.take_heads(checkpoint.heads))
+            heads = self._runner.take_heads(checkpoint.heads, grown.paths if grown else ())
+            self.checkpoint = replace(checkpoint, heads=heads)
         else:
             self._build_runner()
+        self._loop.speculation = speculation
 
     def measure_step_times(
-        self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int = 5, context: int = CONTEXT
+        self,
+        batch_sizes: Items[int],
+        trees: Items[TokenTree],
+        *,
+        repeats: int = 5,
+        context: int | Items[int] = CONTEXT,
     ) -> StepTimes:
         """Times decode steps of this engine, idle, at each batch size and tree: the fastest of `repeats` rounds, with
-        `context` tokens a sequence (fewer where the engine's own context is shorter)."""
+        `context` tokens a sequence, or each of several (fewer where the engine's own context is shorter)."""
         if self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
         for tree in trees:
             self._limits.check_tree(tree)
-        return self._profiler.measure(batch_sizes, trees, repeats=repeats, context=context)
+        contexts = [context] if isinstance(context, int) else context
+        steps = {batch: [[tree] * batch for tree in trees] for batch in batch_sizes}
+        return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
 
     def _build_runner(self) -> None:
         self._runner = self._runner_of(None if self._acceptance == "exact" else self._acceptance)
@@ -293,45 +317,50 @@ class Engine:
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,
+            growth=self._grown.paths if self._grown else (),
         )
-
-    def _trees_of(self, sequences: list[Sequence]) -> list[TokenTree]:
-        return [self._choose(len(sequences))] * len(sequences)
 
     def _has_shape_of(self, checkpoint: Checkpoint) -> bool:
         """Whether these heads fit into the buffers of the ones in use."""
         assert self.checkpoint is not None
-        trees, _ = ladder_of(checkpoint.meta)
-        return (
-            checkpoint.config == self.checkpoint.config and self._limits.with_heads(checkpoint, trees) == self._limits
-        )
+        limits = self._limits.with_heads(checkpoint, ladder_of(checkpoint.meta))
+        return checkpoint.config == self.checkpoint.config and limits == self._limits
 
-    def _decide(self, decision: Callable[[], Choose]) -> None:
-        """How steps get their trees; asked again when the trees change. Raises its ValueError with nothing changed."""
-        self._choose = decision()
-        self._decision = decision
+    def _speculate(self, make: Callable[[], Speculator]) -> None:
+        """How steps get their trees; made again when the heads change."""
+        self._loop.speculation = make()
+        self._make_speculation = make
 
-    def _always(self, tree: TokenTree) -> Choose:
+    def _always(self, tree: TokenTree) -> Speculator:
         self._limits.check_tree(tree)
-        return always(tree)
+        return Always(tree)
 
-    def _chooser(self, speculation: Speculation, step_times: StepTimes | None) -> Choose:
+    def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
-            return always(TokenTree.root())
+            return Always(TokenTree.root())
         if speculation == "auto":
-            return self._policy(step_times)
+            return self._adaptive(step_times)
         sizes = {tree.num_nodes: tree for tree in self.trees}
         if isinstance(speculation, bool) or speculation not in sizes:
             raise ValueError(
                 f"speculation is 'auto', 'off' or a tree size of the ladder {sorted(sizes)}, got {speculation!r}"
             )
-        return always(sizes[int(speculation)])
+        return Always(sizes[int(speculation)])
 
-    def _policy(self, step_times: StepTimes | None) -> Choose:
-        if not self.trees:
+    def _adaptive(self, step_times: StepTimes | None) -> Adaptive:
+        grown = self._grown
+        if grown is None:
             raise ValueError(
                 "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
                 "or give speculation='off'"
             )
-        self._step_times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
-        return Policy(self.trees, self._tokens_per_step, self._step_times).choose
+        buckets = self._runner.buckets
+        if buckets is not None:
+            times = step_times or self._profiler.measure_buckets(buckets, grown)
+            policy = Policy(grown, times, buckets)
+        else:
+            times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
+            sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
+            policy = Policy(grown, times, sizes, uniform=True)
+        self._step_times = times
+        return Adaptive(policy)

@@ -18,7 +18,7 @@ from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import TokenLogprob
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
-from medusa.kernels.attention import Visible
+from medusa.kernels.attention_plan import Visible
 from medusa.kernels.state import Drafts
 
 SMALLEST = 16  # tokens that a launch is padded to; then powers of two
@@ -151,6 +151,7 @@ class Prefill:
             (state.top_k_R, [p.top_k for p in params]),
             (state.seed_R, [sequence.seed for sequence in sequences]),
             (state.choice_R, [sequence.index for sequence in sequences]),
+            (state.exact_R, [p.acceptance == "exact" for p in params]),
         ]
         ints = staged([value for _, values in columns for value in values], torch.int64, self._device)
         for (column, _), values_L in zip(columns, ints.view(len(columns), -1), strict=True):

@@ -20,7 +20,7 @@ from medusa.decoding import Typical
 from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
 from medusa.engine.gpu_heads import GpuHeads
 from medusa.engine.kv_cache import KVCache
-from medusa.kernels.attention import AttentionPlan, Scratch, Visible
+from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.compact import compact
 from medusa.kernels.cut import Cuts, find_cuts
 from medusa.kernels.draft import draft
@@ -96,7 +96,9 @@ class GpuStep:
             else None
         )
         self._backbone, self._cache, self._acceptance = backbone, cache, acceptance
-        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        self._processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        )
         self._pdl = supports_pdl(device)
         heads, head_size = _query_heads(backbone), cache.data.shape[-1]
         self._group = heads // cache.data.shape[-2]
@@ -156,9 +158,7 @@ class GpuStep:
             num_kv_heads=self._cache.data.shape[-2],
             processors=self._processors,
         )
-        return self.decoder(
-            StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan)
-        )
+        return self.decoder(StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan))
 
     def project(self, hidden_Md: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The LM head, with the model's scale and soft-cap."""
@@ -197,9 +197,7 @@ class GpuStep:
             return
         sample(logits_MV, drafts, self.state, cuts, buffers.best_MX, greedy=rule.root == "greedy", pdl=self._pdl)
         reduce_samples(buffers.best_MX, buffers.sampled_M, pdl=self._pdl)
-        kept_M, score_M = judge(
-            logits_MV, drafts, self.trees, self.state, cuts, epsilon=rule.epsilon, delta=rule.delta
-        )
+        kept_M, score_M = judge(logits_MV, drafts, self.trees, self.state, cuts, epsilon=rule.epsilon, delta=rule.delta)
         walk_typical(
             buffers.rows_B, buffers.count_B, drafts, buffers.sampled_M, kept_M, score_M, self.trees, self.state,
             buffers.emitted, pdl=False,

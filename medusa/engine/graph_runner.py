@@ -22,6 +22,7 @@ from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, needs_host
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.sequence import Sequence
+from medusa.engine.speculation import Buckets
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
 from medusa.engine.tree_rows import TreeRows
@@ -31,6 +32,7 @@ from medusa.tree import Path, TokenTree
 
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 NODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+BUDGETS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of NODES, those that the policy chooses among
 LARGEST_TREES = (1, 4, 16, 64)  # what the largest tree of a step is rounded up to
 
 
@@ -80,6 +82,11 @@ class GraphRunner:
         """1, but 0 while the host has a part in the steps, since it has to know what came before."""
         return 0 if self._with_host else 1
 
+    @property
+    def buckets(self) -> Buckets:
+        """The budgets of nodes that are worth a graph of their own, over every batch size."""
+        return Buckets(tuple(size for size in self.nodes if size in BUDGETS), self.batches)
+
     @torch.inference_mode()
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
         """As StepRunner.prefill; if any heads are to guess, all do."""
@@ -101,9 +108,10 @@ class GraphRunner:
         return Emission.of(self._step.buffers(shape).emitted, list(range(len(rows))))
 
     @torch.no_grad()
-    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
         """As StepRunner.take_heads; the graphs read the weights where they are."""
         assert self._step.heads is not None
+        self._trees.regrow(growth)
         return self._step.heads.take(heads)
 
     @torch.inference_mode()

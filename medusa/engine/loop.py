@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from medusa.engine.scheduler import ChooseTrees, Plan, Scheduler
+from medusa.engine.scheduler import Plan, Scheduler
 from medusa.engine.sequence import Output, Sequence
+from medusa.engine.speculation import Always, Speculation
 from medusa.engine.stats import Counters
 from medusa.engine.step import Launched, StepRunner, StepTokens
 from medusa.tree import TokenTree
@@ -28,19 +29,20 @@ class _InFlight:
 
 
 class StepLoop:
-    """Steps the sequences of a scheduler with a runner."""
+    """Steps the sequences of a scheduler with a runner. `speculation` may change between two steps."""
 
     def __init__(self, runner: StepRunner, scheduler: Scheduler, counters: Counters) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._counters = counters
+        self.speculation: Speculation = Always(TokenTree.root())
         self._number = 0
         self._in_flight: deque[_InFlight] = deque()  # the oldest first
 
-    def step(self, choose: ChooseTrees) -> list[Output]:
+    def step(self) -> list[Output]:
         """One step of all that run; returns what its launches gave, or with lag 1 those of the step before."""
         self._number += 1
-        plan, outputs = self._plan(choose)
+        plan, outputs = self._plan()
         if plan.chunks:
             self._launch_prefill(plan)
             outputs += self._collect(self._runner.lag)
@@ -56,15 +58,15 @@ class StepLoop:
         self._scheduler.clear()
         self._in_flight.clear()
 
-    def _plan(self, choose: ChooseTrees) -> tuple[Plan, list[Output]]:
+    def _plan(self) -> tuple[Plan, list[Output]]:
         """What to do in this step. When pages run out the steps in flight are collected first: some of their sequences
         may have ended, and none that loses its pages may be in flight."""
-        plan = self._scheduler.schedule(choose, may_preempt=not self._in_flight)
+        plan = self._scheduler.schedule(self.speculation.trees_of, may_preempt=not self._in_flight)
         if plan is not None:
             return plan, []
         outputs = self._collect(0)
         self._scheduler.retire()
-        plan = self._scheduler.schedule(choose)
+        plan = self._scheduler.schedule(self.speculation.trees_of)
         assert plan is not None
         return plan, outputs
 
@@ -106,4 +108,5 @@ class StepLoop:
             sequence.num_cached = min(sequence.num_cached + len(tokens.token_ids), sequence.num_tokens)
             self._scheduler.register(sequence)
             self._counters.count_decoded(tree, output)
+            self.speculation.learn(sequence, tree, len(tokens.token_ids))
         return output

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from typing import TypeVar
 
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Sequence
-from medusa.engine.speculation import StepTimes
+from medusa.engine.speculation import Buckets
 from medusa.engine.step import PrefillChunk, StepRunner
+from medusa.engine.step_times import CONTEXT, Shape, StepTimes
+from medusa.growth import GrownTree
 from medusa.sampling import SamplingParams
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
 
-CONTEXT = 128
+T = TypeVar("T")
+
+CONTEXTS = (CONTEXT, 1024)  # of a profile that is measured at the start
 
 
 class Profiler:
@@ -31,26 +37,44 @@ class Profiler:
         self._tokenizer = tokenizer
 
     def measure(
-        self, batch_sizes: Items[int], trees: Items[TokenTree], *, repeats: int, context: int = CONTEXT
+        self,
+        steps: Mapping[int, Items[Items[TokenTree]]],
+        *,
+        repeats: int,
+        contexts: Items[int] = (CONTEXT,),
     ) -> StepTimes:
-        """The fastest of `repeats` rounds at each batch size and tree, with `context` committed tokens a sequence.
+        """The fastest of `repeats` rounds of each step: `steps[batch]` lists them, a step as the tree of each sequence.
 
-        The trees are taken in turn, so that a passing disturbance does not fall on one of them; each is stepped once
-        before its timed step, as it would find the processor's caches in decoding.
+        Shapes are taken in turn, each round beginning with another, so that a passing disturbance does not fall on one
+        of them; each is stepped once before its timed step, as it would find the processor's caches in decoding.
         """
-        context = min(context, self._limits.max_model_len - 1)
-        best: dict[tuple[int, int], float] = {}
-        for batch_size in batch_sizes:
-            sequences = self._start(batch_size, context)
+        lengths = sorted({min(context, self._limits.max_model_len - 1) for context in contexts})
+        best: dict[Shape, float] = {}
+        for batch_size, its_steps in steps.items():
+            shapes = [(trees, length) for length in lengths for trees in its_steps]
+            sequences = self._start(batch_size, lengths[-1])
             try:
-                for tree in [tree for _ in range(repeats) for tree in trees]:
-                    self._step(sequences, tree, context)
-                    seconds = self._step(sequences, tree, context)
-                    key = (batch_size, tree.num_nodes)
-                    best[key] = min(best.get(key, seconds), seconds)
+                for trees, length in [shape for r in range(repeats) for shape in _rotated(shapes, r)]:
+                    self._step(sequences, trees, length)
+                    seconds = self._step(sequences, trees, length)
+                    shape = (batch_size, sum(tree.num_nodes for tree in trees), length)
+                    best[shape] = min(best.get(shape, seconds), seconds)
             finally:
                 self._stop(sequences)
         return StepTimes(best)
+
+    def measure_buckets(self, buckets: Buckets, grown: GrownTree, *, repeats: int = 3) -> StepTimes:
+        """The shapes that the policy may choose, at a short and a long context, as far as rows and pages go; of batch
+        sizes the powers of two, others lie between."""
+        measurable = self.batch_sizes(max(CONTEXTS))
+        sizes = [size for size in buckets.batches if size in measurable]
+        sizes = sizes or list(buckets.batches[:1])
+        steps = {}
+        for batch in sizes:
+            most = batch * grown.max_nodes
+            totals = sorted({batch, *(min(total, most) for total in buckets.nodes if total > batch)})
+            steps[batch] = [spread_evenly(grown, batch, total) for total in totals]
+        return self.measure(steps, repeats=repeats, contexts=CONTEXTS)
 
     def batch_sizes(self, context: int = CONTEXT) -> list[int]:
         """1, 2, 4 and so on while the engine has rows and pages for them."""
@@ -88,8 +112,21 @@ class Profiler:
         for sequence in sequences:
             self._scheduler.remove(sequence.request_id)
 
-    def _step(self, sequences: list[Sequence], tree: TokenTree, context: int) -> float:
+    def _step(self, sequences: list[Sequence], trees: Items[TokenTree], context: int) -> float:
         self._runner.rewind(sequences, context)
         start = time.perf_counter()
-        self._runner.decode(sequences, [tree] * len(sequences), num_heads=tree.max_depth).collect()
+        self._runner.decode(sequences, list(trees), num_heads=max(tree.max_depth for tree in trees)).collect()
         return time.perf_counter() - start
+
+
+def spread_evenly(grown: GrownTree, batch: int, total: int) -> list[TokenTree]:
+    """`total` nodes over `batch` sequences as evenly as whole nodes allow: how a ragged shape is measured."""
+    if not batch <= total <= batch * grown.max_nodes:
+        raise ValueError(f"{total} nodes over {batch} sequences: each has 1 to {grown.max_nodes}")
+    share, left = divmod(total, batch)
+    return [grown.tree(share + (i < left)) for i in range(batch)]
+
+
+def _rotated(shapes: list[T], by: int) -> list[T]:
+    by %= len(shapes)
+    return shapes[by:] + shapes[:by]

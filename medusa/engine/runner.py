@@ -19,13 +19,14 @@ from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
+from medusa.engine.speculation import Buckets
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.heads import MedusaHeads
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
 from medusa.sampling import SamplingBatch, forbid_end, penalise, restrict
-from medusa.tree import TokenTree
+from medusa.tree import Path, TokenTree
 
 MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
 
@@ -75,6 +76,10 @@ class Runner:
     def lag(self) -> int:
         return 0
 
+    @property
+    def buckets(self) -> Buckets | None:
+        return None
+
     @torch.inference_mode()
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Done:
         """As StepRunner.prefill; a chunk is a chain of tokens over what is in the sequence's pages already."""
@@ -103,7 +108,7 @@ class Runner:
         return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
     @torch.no_grad()
-    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
         """As StepRunner.take_heads."""
         assert self._heads is not None
         self._heads.load_state_dict(heads.state_dict())

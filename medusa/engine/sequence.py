@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from medusa.engine.acceptance import Acceptance
 from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.engine.page_pool import chain
 from medusa.grammar import Matcher
@@ -102,6 +103,7 @@ class Sequence:
         self.accepted_per_step: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.acceptance = Acceptance()
         self.finish_reason: FinishReason | None = None
         self._detokenizer = tokenizer.detokenizer()
         self._digests: list[bytes] = []

@@ -1,85 +1,256 @@
-"""How much to speculate: the tree with the most expected tokens a second, from measured step times and acceptance."""
+"""How much to speculate: each step spends a budget of nodes over the running sequences, where they are worth most.
+
+A node is worth the probability that the whole path to it is right. Along a path that falls, so the most valuable nodes
+of all sequences together are always whole trees (prefix-closed), and spreading a budget is a global top-M. The budget
+itself is the one with the most expected tokens a second, from the measured step times; plain decoding, one node a
+sequence, is one of the choices.
+
+Calibration says what a node is worth on average; each request corrects it by what it really accepted (`Acceptance`).
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from medusa.checkpoint import CheckpointMeta
-from medusa.tree import TokenTree, expected_tokens
+from medusa.engine.sequence import Sequence
+from medusa.engine.step_times import StepTimes
+from medusa.growth import GrownTree
+from medusa.tree import TokenTree
 
-Choose = Callable[[int], TokenTree]  # the tree of a step, by the number of sequences in it
+Floats = npt.NDArray[np.float64]
+
+CONTEXT_STEP = 256  # step times are looked up once for contexts that round up to the same multiple
 
 
 @dataclass(frozen=True)
-class StepTimes:
-    """Seconds of one decode step on this machine by (batch size, tree nodes); 1 node is plain decoding, no heads."""
+class Buckets:
+    """The shapes that a runner has: batch sizes, and nodes of all trees together (with uniform trees: of each).
 
-    seconds: Mapping[tuple[int, int], float]
+    A step takes the smallest batch size that holds it, and costs what that shape costs. Without batch sizes a step is
+    exactly as large as its batch.
+    """
+
+    nodes: tuple[int, ...]
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.seconds:
-            raise ValueError("step times are empty; measure at least one batch size and tree")
+        for name in ("nodes", "batches"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)) or (sizes and sizes[0] < 1):
+                raise ValueError(f"buckets list sizes from 1 up, ascending and each once, got {name}={sizes}")
 
-    def lookup(self, batch_size: int, num_nodes: int) -> float:
-        """The step's time: linear between the measured sizes, proportional beyond the largest, the smallest's below."""
-        batches = sorted({batch for batch, _ in self.seconds})
-        upper = batches[min(bisect_left(batches, batch_size), len(batches) - 1)]
-        lower = max((batch for batch in batches if batch <= batch_size), default=upper)
-        low, high = self._at_batch(lower, num_nodes), self._at_batch(upper, num_nodes)
-        if batch_size > upper:
-            return high * batch_size / upper
-        return low if upper == lower else low + (high - low) * (batch_size - lower) / (upper - lower)
+    def batch(self, batch: int) -> int:
+        """The bucket of this many sequences."""
+        if not self.batches:
+            return batch
+        if batch > self.batches[-1]:
+            raise ValueError(f"{batch} sequences do not fit the largest batch bucket, {self.batches[-1]}")
+        return self.batches[bisect_left(self.batches, batch)]
 
-    def _at_batch(self, batch_size: int, num_nodes: int) -> float:
-        sizes = sorted(nodes for batch, nodes in self.seconds if batch == batch_size)
-        upper = sizes[min(bisect_left(sizes, num_nodes), len(sizes) - 1)]
-        lower = max((size for size in sizes if size <= num_nodes), default=upper)
-        low, high = self.seconds[batch_size, lower], self.seconds[batch_size, upper]
-        if num_nodes > upper:
-            return high * num_nodes / upper
-        return low if upper == lower else low + (high - low) * (num_nodes - lower) / (upper - lower)
 
-    def to_dict(self) -> dict[str, Any]:
-        rows = [{"batch": b, "nodes": n, "seconds": t} for (b, n), t in sorted(self.seconds.items())]
-        return {"step_times": rows}
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One step: `nodes[b]` of sequence b's tree, the root included, in a shape of `batch` sequences and `total` nodes.
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> StepTimes:
-        return cls({(int(r["batch"]), int(r["nodes"])): float(r["seconds"]) for r in content["step_times"]})
+    `tokens` and `seconds` are what the policy expects of the step.
+    """
+
+    nodes: tuple[int, ...]
+    batch: int
+    total: int
+    tokens: float
+    seconds: float
+
+    @property
+    def speculates(self) -> bool:
+        return max(self.nodes) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What can be chosen, plain decoding first: the budgets, and the tokens and seconds expected of each."""
+
+    budgets: tuple[int, ...]
+    tokens: Floats
+    seconds: Floats
+
+
+class Policy:
+    """Chooses the nodes of every sequence for each step. Equal calls in equal order give equal choices.
+
+    The budget changes only for a gain of `margin`, or one that lasted `patience` steps; but a budget that has become
+    slower than plain decoding is given up at once. With `uniform` all sequences get the same tree, as a runner that
+    pads trees to the largest needs; `buckets.nodes` are then the sizes of one tree.
+    """
+
+    def __init__(
+        self,
+        grown: GrownTree,
+        step_times: StepTimes,
+        buckets: Buckets,
+        *,
+        uniform: bool = False,
+        margin: float = 0.03,
+        patience: int = 16,
+    ) -> None:
+        self.grown = grown
+        self._times = step_times
+        self._buckets = buckets
+        self._uniform = uniform
+        self._margin, self._patience = margin, patience
+        self._gains: Floats = np.asarray(grown.gains)
+        self._worth: Floats = np.concatenate([[0.0], np.cumsum(self._gains)])
+        self._shapes: dict[tuple[int, int], tuple[tuple[int, ...], Floats]] = {}
+        self._budget: int | None = None  # of the last step; 0 is plain decoding
+        self._waited = 0
+
+    def choose(self, factors: Items[float], context: int) -> Choice:
+        """The step of sequences with these acceptance factors (`Acceptance.factor`) and this mean context."""
+        batch = len(factors)
+        if not batch:
+            raise ValueError("a step has at least one sequence")
+        factors_B: Floats = np.asarray(factors, dtype=np.float64)
+        values_BN = np.minimum(factors_B[:, None] * self._gains, 1.0)
+        ranked = None if self._uniform else np.sort(values_BN, axis=None)[::-1]
+        options = self._options(batch, context, values_BN, ranked)
+        chosen = self._settle(options)
+        budget = options.budgets[chosen]
+        nodes = self._spread(budget, batch, values_BN, ranked)
+        bucket = self._buckets.batch(batch)
+        total = bucket * max(budget, 1) if self._uniform else max(budget, bucket)
+        return Choice(nodes, bucket, total, float(options.tokens[chosen]), float(options.seconds[chosen]))
+
+    def expected(self, num_nodes: int) -> float:
+        """Drafts that calibration expects a tree of so many nodes to have accepted, for `Acceptance.observe`."""
+        return float(self._worth[num_nodes - 1])
+
+    def tree(self, num_nodes: int) -> TokenTree:
+        return self.grown.tree(num_nodes)
+
+    def _options(self, batch: int, context: int, values_BN: Floats, ranked: Floats | None) -> _Options:
+        budgets, seconds = self._shapes_of(batch, context)
+        if ranked is None:
+            worth = np.concatenate([[0.0], np.cumsum(values_BN.sum(0))])
+            spent = np.maximum(np.asarray(budgets) - 1, 0)
+        else:
+            worth = np.concatenate([[0.0], np.cumsum(ranked)])
+            spent = np.maximum(np.asarray(budgets) - batch, 0)
+        return _Options(budgets, batch + worth[np.minimum(spent, len(worth) - 1)], seconds)
+
+    def _shapes_of(self, batch: int, context: int) -> tuple[tuple[int, ...], Floats]:
+        """The budgets that this batch may choose from, 0 for plain, and their step times."""
+        rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+        key = (batch, rounded)
+        if key not in self._shapes:
+            bucket = self._buckets.batch(batch)
+            most = len(self._gains) + 1 if self._uniform else batch * (len(self._gains) + 1)
+            useful = [n for n in self._buckets.nodes if n > (1 if self._uniform else bucket)]
+            # The first bucket that holds every node there is, is the last that can be worth its price.
+            budgets = (0, *useful[: bisect_left(useful, most) + 1])
+            full = bucket * (len(self._gains) + 1)  # a larger bucket costs the same, and was measured as this
+            totals = [bucket * max(n, 1) if self._uniform else min(max(n, bucket), full) for n in budgets]
+            times = np.array([self._times.at(bucket, total, rounded) for total in totals])
+            self._shapes[key] = budgets, times
+        return self._shapes[key]
+
+    def _settle(self, options: _Options) -> int:
+        """The index of the budget to take: the best, unless the last step's is about as good."""
+        speeds = options.tokens / options.seconds
+        best = int(speeds.argmax())
+        last = options.budgets.index(self._budget) if self._budget in options.budgets else best
+        gain = speeds[best] / speeds[last]
+        self._waited = self._waited + 1 if gain > 1 else 0
+        keep = gain < 1 + self._margin and self._waited < self._patience and speeds[last] >= speeds[0]
+        chosen = last if keep else best
+        if chosen == best:
+            self._waited = 0
+        self._budget = options.budgets[chosen]
+        return chosen
+
+    def _spread(self, budget: int, batch: int, values_BN: Floats, ranked: Floats | None) -> tuple[int, ...]:
+        """Each sequence's nodes: its root, and its share of the most valuable nodes of all."""
+        if budget == 0:
+            return (1,) * batch
+        if ranked is None:
+            return (min(budget, len(self._gains) + 1),) * batch
+        spent = min(budget - batch, len(ranked))
+        while spent and ranked[spent - 1] <= 0:
+            spent -= 1
+        if spent == 0:
+            return (1,) * batch
+        threshold = ranked[spent - 1]
+        above_B = (values_BN > threshold).sum(1)
+        equal_B = (values_BN == threshold).sum(1)
+        before_B = np.cumsum(equal_B) - equal_B  # ties go to the sequences in their order
+        ties_B = np.clip(spent - above_B.sum() - before_B, 0, equal_B)
+        return tuple((1 + above_B + ties_B).tolist())
+
+
+def best_tree(trees: Items[TokenTree], tokens_per_step: Items[float], step_times: StepTimes, batch: int) -> TokenTree:
+    """The tree that gives the most tokens a second when all sequences have it; the smaller one where two are equal."""
+    speeds = [
+        tokens / step_times.lookup(batch, tree.num_nodes) for tree, tokens in zip(trees, tokens_per_step, strict=True)
+    ]
+    return trees[speeds.index(max(speeds))]
+
+
+class Speculation(Protocol):
+    """Which trees the sequences of a step decode with, and what became of them."""
+
+    def trees_of(self, sequences: Items[Sequence]) -> list[TokenTree]:
+        """One for each, for the step that comes."""
+        ...
+
+    def learn(self, sequence: Sequence, tree: TokenTree, num_tokens: int) -> None:
+        """After a step: the sequence emitted `num_tokens` with this tree."""
+        ...
 
 
 @dataclass(frozen=True)
-class Policy:
-    """Chooses one tree for all sequences of a step by their number. Equal trees for equal input."""
+class Always:
+    """The same tree for all, at any load."""
 
-    trees: tuple[TokenTree, ...]
-    tokens_per_step: tuple[float, ...]
-    step_times: StepTimes
+    tree: TokenTree
 
-    def choose(self, batch_size: int) -> TokenTree:
-        """The tree with the most expected tokens a second; the smaller one where two are equal."""
-        speeds = [
-            tokens / self.step_times.lookup(batch_size, tree.num_nodes)
-            for tree, tokens in zip(self.trees, self.tokens_per_step, strict=True)
-        ]
-        return self.trees[speeds.index(max(speeds))]
+    def trees_of(self, sequences: Items[Sequence]) -> list[TokenTree]:
+        return [self.tree] * len(sequences)
+
+    def learn(self, sequence: Sequence, tree: TokenTree, num_tokens: int) -> None:
+        pass
 
 
-def always(tree: TokenTree) -> Choose:
-    """The same tree at any load."""
-    return lambda batch_size: tree
+class Adaptive:
+    """The policy's trees, by load and by what each request accepts. `choice` is the last step's."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.choice: Choice | None = None
+
+    def trees_of(self, sequences: Items[Sequence]) -> list[TokenTree]:
+        if not sequences:
+            return []
+        factors = [sequence.acceptance.factor for sequence in sequences]
+        context = sum(sequence.num_tokens for sequence in sequences) // len(sequences)
+        self.choice = self.policy.choose(factors, context)
+        return [self.policy.tree(nodes) for nodes in self.choice.nodes]
+
+    def learn(self, sequence: Sequence, tree: TokenTree, num_tokens: int) -> None:
+        if tree.num_nodes > 1:
+            sequence.acceptance.observe(self.policy.expected(tree.num_nodes), num_tokens - 1)
+        else:
+            sequence.acceptance.rest()
 
 
-def ladder_of(meta: CheckpointMeta) -> tuple[tuple[TokenTree, ...], tuple[float, ...]]:
-    """The checkpoint's trees, smallest first and always with the single root, and the tokens a step of each: as
-    measured by calibration's walk, else the product estimate. Empty without calibration."""
+def ladder_of(meta: CheckpointMeta) -> tuple[TokenTree, ...]:
+    """The checkpoint's trees, smallest first and always with the single root; empty without calibration."""
     if meta.calibration is None or not meta.trees:
-        return (), ()
-    trees = [TokenTree.from_paths(paths) for paths in meta.trees]
-    measured = meta.calibration.tokens_per_step or [expected_tokens(t, meta.calibration.accuracy) for t in trees]
-    pairs: dict[TokenTree, float] = {TokenTree.root(): 1.0, **dict(zip(trees, measured, strict=True))}
-    ordered: Sequence[TokenTree] = sorted(pairs, key=lambda tree: tree.num_nodes)
-    return tuple(ordered), tuple(pairs[tree] for tree in ordered)
+        return ()
+    trees = {TokenTree.root(), *(TokenTree.from_paths(paths) for paths in meta.trees)}
+    return tuple(sorted(trees, key=lambda tree: tree.num_nodes))

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.speculation import Buckets
 from medusa.heads import MedusaHeads
-from medusa.tree import TokenTree
+from medusa.tree import Path, TokenTree
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class StepRunner(Protocol):
         """How many engine steps a launch may be collected late: 0 or 1."""
         ...
 
+    @property
+    def buckets(self) -> Buckets | None:
+        """The shapes that it has ready, by sequences and by nodes of all trees together, which may differ from tree to
+        tree. None where it pads all trees of a step to the largest."""
+        ...
+
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
         """Computes the chunks' keys and values; after a last chunk also the next token, as drawn or as told, and the
         guesses of the first `num_heads` heads. Chunks that are not the last give no token. A chunk of a sequence that
@@ -108,9 +115,10 @@ class StepRunner(Protocol):
         the next step; nodes deeper than the heads that guessed for this one take no part."""
         ...
 
-    def take_heads(self, heads: MedusaHeads) -> MedusaHeads:
+    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
         """Guesses with the weights of these heads from the next launch on, and returns those that hold them: they are
-        copied into the ones in use, which must have the same shape. Guesses that were made stay."""
+        copied into the ones in use, which must have the same shape. Guesses that were made stay. `growth` is the order
+        in which the trees of these heads grow."""
         ...
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:

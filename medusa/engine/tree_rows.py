@@ -32,11 +32,15 @@ class TreeRows:
     def __init__(self, trees: Trees, growth: Items[Path] = ()) -> None:
         self._trees = trees
         self._device = trees.parent_RN.device
-        room = trees.parent_RN.shape[1]
+        self._held: dict[int, tuple[Path, ...]] = {}
+        self.regrow(growth)
+
+    def regrow(self, growth: Items[Path]) -> None:
+        """Other trees grow from now on, in this order; rows hold what they held."""
+        room = self._trees.parent_RN.shape[1]
         self._growth: tuple[Path, ...] = ((), *(tuple(path) for path in growth if path))[:room]
         self._templates: dict[tuple[Path, ...], _Template] = {}
         self._orders: dict[TokenTree, tuple[Path, ...]] = {}
-        self._held: dict[int, tuple[Path, ...]] = {}
 
     def place(self, rows: list[int], trees: Items[TokenTree]) -> list[int]:
         """Makes each row hold its tree; returns the counts of nodes."""

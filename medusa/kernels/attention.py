@@ -1,9 +1,10 @@
 """Tree attention over pages on a GPU: every node looks at its sequence's committed tokens and at its ancestors.
 
-One launch. Each sequence's committed tokens are split over programs, with the query heads that share a key-value head
-packed as rows of one tile; the last split adds the step's own nodes under their ancestor bits. The program that arrives
-last merges the splits by their log-sum-exp, in their order, so that the result does not depend on who is last. A tree of one node is plain decoding; a chain (each node sees all nodes
-before it) is a chunk of a prompt. The plain twin is `medusa.kernels.tree_attention`.
+Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as
+rows of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
+log-sum-exp, in their order: of small tiles by the program that arrives last, of larger ones in a second launch. A tree
+of one node is plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
+`medusa.kernels.tree_attention`.
 
 Shapes: M flat nodes, B sequences (b owns nodes start_B[b] .. + count_B[b]), H query heads, G key-value heads, D head
 size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S splits.
@@ -11,16 +12,15 @@ size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S split
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
+from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import await_inputs, options
 
-MAX_SPLITS = 64
-MAX_ROWS = 64  # query rows of a tile
+MERGING_ROWS = 16  # rows of a tile up to which its last program merges the splits itself
+AHEAD_SPLITS = 4  # splits from which a launch is small enough for its keys and values to be fetched into L2 ahead
 
 
 @triton.jit
@@ -38,6 +38,42 @@ def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside[:, None])
     else:
         tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _turned(
+    rows, POSITION, COS, SIN, WEIGHT, eps, sc, inside, d, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr
+):
+    """Heads at the pointers `rows`, normalised if the model does, rotated by their positions, as the model rounds."""
+    half: tl.constexpr = D // 2
+    partner = tl.where(d < half, d + half, d - half)
+    x = _load(rows[:, None] + d[None, :], inside, d, D, BD)
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    y = _load(rows[:, None] + partner[None, :], inside, d, D, BD).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        weight_x = tl.load(WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        weight_y = tl.load(WEIGHT + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
+        x = ((x * scale).to(dtype).to(tl.float32) * weight_x).to(dtype).to(tl.float32)
+        y = ((y * scale).to(dtype).to(tl.float32) * weight_y).to(dtype).to(tl.float32)
+    position = tl.load(POSITION, mask=inside, other=0)
+    angle = position[:, None] * sc + (d % half)[None, :]
+    cos = _load(COS + angle, inside, d, D, BD).to(tl.float32)
+    sin = _load(SIN + angle, inside, d, D, BD).to(tl.float32)
+    return (x * cos + tl.where((d < half)[None, :], -y, y) * sin).to(dtype)
+
+
+@triton.jit
+def prefetch(rows, D: tl.constexpr):
+    """Asks for D contiguous values at each pointer to be brought into L2, without waiting."""
+    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
+    lines: tl.constexpr = (D + line - 1) // line
+    for i in tl.static_range(lines):
+        address = (rows + min(i * line, D - 1)).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -71,11 +107,11 @@ def _merge(
     live,
     d,
     num_nodes,
+    SPLITS,
     H: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
     """Weighs the splits of a tile by their log-sum-exp."""
     peak = tl.full([BM], -1e30, tl.float32)
@@ -96,7 +132,31 @@ def _merge(
     _store(out, acc / tl.where(total > 0, total, 1.0)[:, None], live, d, D, BD)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS", "num_nodes"])
+def _merge_all(
+    PART,
+    LSE,
+    OUT,
+    so_m,
+    so_h,
+    num_nodes,
+    SPLITS,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    HB: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """The merge as a launch of its own: a program a node and HB heads."""
+    head = tl.program_id(1) * HB + tl.arange(0, HB)
+    d = tl.arange(0, BD)
+    flat = tl.program_id(0).to(tl.int64) + tl.zeros([HB], tl.int64)
+    out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
+    await_inputs(PDL)
+    _merge(PART, LSE, out, flat, head, head < H, d, num_nodes, SPLITS, H, D, BD, HB)
+
+
+@triton.jit(do_not_specialize=["SPLITS", "TILES", "num_nodes", "window"])
 def _attend(
     Q,
     KEYS,
@@ -108,10 +168,16 @@ def _attend(
     TABLES,
     BITS,
     DEPTH,
+    POSITION,
+    COS,
+    SIN,
+    QNORM,
+    KNORM,
     OUT,
     PART,
     LSE,
     ARRIVED,
+    eps,
     scaling,
     softcap,
     window,
@@ -123,7 +189,10 @@ def _attend(
     ss,
     sh,
     st,
+    sc,
     num_nodes,
+    SPLITS,
+    TILES,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -131,11 +200,15 @@ def _attend(
     N: tl.constexpr,
     W: tl.constexpr,
     PAGE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    TILES: tl.constexpr,
+    WHOLE: tl.constexpr,
+    MERGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    BT: tl.constexpr,
     CHAIN: tl.constexpr,
+    FRESH: tl.constexpr,
+    NORM: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,11 +218,9 @@ def _attend(
     tile = tl.program_id(0) % TILES
     head_kv = tl.program_id(1)
     split = tl.program_id(2)
-    await_inputs(PDL)
+    # Up to the wait: what the kernel just ahead does not write. It is found by a chain of loads, each a trip to memory.
     count = tl.load(COUNT + b)
     start = tl.load(START + b)
-    if tile * BM >= count * GROUP:
-        return
     row = tl.load(ROWS + b).to(tl.int64)
     length = tl.load(LENGTH + row).to(tl.int32)
     r = tile * BM + tl.arange(0, BM)
@@ -158,10 +229,6 @@ def _attend(
     live = node < count
     d = tl.arange(0, BD)
     flat = (start + node).to(tl.int64)
-    q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
-    m = tl.full([BM], -1e30, tl.float32)
-    l = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
     if CHAIN:
         depth = node
     else:
@@ -172,6 +239,23 @@ def _attend(
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), SPLITS), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)
+    if AHEAD:
+        for t0 in range(low, high, BN):
+            t = t0 + tl.arange(0, BN)
+            page = tl.load(TABLES + row * st + t // PAGE, mask=t < high, other=0).to(tl.int64)
+            at = page * sp + (t % PAGE) * ss + head_kv * sh
+            prefetch(KEYS + at, D)
+            prefetch(VALUES + at, D)
+    await_inputs(PDL)
+    if tile * BM >= count * GROUP:
+        return
+    if FRESH:
+        q = _turned(Q + flat * sq_m + head * sq_h, POSITION + flat, COS, SIN, QNORM, eps, sc, live, d, D, BD, NORM)
+    else:
+        q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
+    m = tl.full([BM], -1e30, tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
     for t0 in range(low, high, BN):
         t = t0 + tl.arange(0, BN)
         inside = t < high
@@ -186,14 +270,23 @@ def _attend(
         m, l, acc = _update(qk, seen, v, m, l, acc, PRECISION)
     if split == SPLITS - 1:
         last = tl.minimum(count, ((tile + 1) * BM - 1) // GROUP + 1)  # no node sees a later one
-        for j0 in range(0, last, BN):
-            j = j0 + tl.arange(0, BN)
+        for j0 in tl.range(0, last, BT, num_stages=1):
+            j = j0 + tl.arange(0, BT)
             inside = j < last
             t = length + j
             page = tl.load(TABLES + row * st + t // PAGE, mask=inside, other=0).to(tl.int64)
             at = page * sp + (t % PAGE) * ss + head_kv * sh
-            k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
-            v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
+            if FRESH:
+                fresh = (start + j).to(tl.int64)
+                source = Q + fresh * sq_m + (H + head_kv) * sq_h
+                k = _turned(source, POSITION + fresh, COS, SIN, KNORM, eps, sc, inside, d, D, BD, NORM)
+                v = _load(source[:, None] + (H // GROUP) * sq_h + d[None, :], inside, d, D, BD)
+                mine = inside & (j >= tile * BM // GROUP)  # each tile writes its own nodes
+                _store(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)
+                _store(VALUES + at[:, None] + d[None, :], v, mine, d, D, BD)
+            else:
+                k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
+                v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
             if CHAIN:
                 seen = (j[None, :] <= node[:, None]) & inside[None, :]
                 if WINDOW:
@@ -208,75 +301,18 @@ def _attend(
             m, l, acc = _update(qk, seen, v, m, l, acc, PRECISION)
     total = tl.where(l > 0, l, 1.0)
     out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
-    if SPLITS == 1:
+    if WHOLE:
         _store(out, acc / total[:, None], live, d, D, BD)
     else:
         at = (split * num_nodes + flat) * H + head
         _store(PART + at[:, None] * D + d[None, :], acc / total[:, None], live, d, D, BD)
         tl.store(LSE + at, tl.where(l > 0, m + tl.log(total), -float("inf")), mask=live)
-        tl.debug_barrier()  # all of this program's stores come before its count
-        counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
-        if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
-            tl.store(counter, 0)
-            _merge(PART, LSE, out, flat, head, live, d, num_nodes, H, D, BD, BM, SPLITS)
-
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, warps, stages,
-    and the most nodes that one sequence brings."""
-
-    splits: int
-    rows: int
-    columns: int
-    max_nodes: int
-    warps: int = 4
-    stages: int = 2
-
-    @classmethod
-    def of(cls, *, batch_size: int, max_nodes: int, group: int, num_kv_heads: int, processors: int) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over."""
-        packed = max_nodes * group
-        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
-        tiles = triton.cdiv(packed, rows)
-        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
-        splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, warps=4, stages=2)
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which nodes each sequence of a step brings, and what they see: the committed tokens on its pages, and each other.
-
-    `bits_RNW` and `depth_RN` are kept by batch row; None stands for chains. `rows_B` names each sequence's batch row.
-    """
-
-    rows_B: torch.Tensor
-    start_B: torch.Tensor
-    count_B: torch.Tensor
-    length_R: torch.Tensor
-    tables_RP: torch.Tensor
-    bits_RNW: torch.Tensor | None
-    depth_RN: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """What the splits of one launch leave for the one that merges them; launches in one stream may share it."""
-
-    part: torch.Tensor
-    lse: torch.Tensor
-    arrived: torch.Tensor
-
-    @classmethod
-    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
-        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
-        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
-        return cls(
-            part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
-            lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
-            arrived=torch.zeros(2 * processors, dtype=torch.int32, device=device),
-        )
+        if MERGES:
+            tl.debug_barrier()  # all of this program's stores come before its count
+            counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
+            if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
+                tl.store(counter, 0)
+                _merge(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
 
 
 def attend(
@@ -288,16 +324,25 @@ def attend(
     scratch: Scratch,
     scaling: float,
     *,
+    rotation: Rotation | None = None,
     window: int | None = None,
     softcap: float | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """Attention of M nodes whose keys and values are written already; `cache_layer` is [2, P, page size, G, D].
+    """Attention of M nodes; `cache_layer` is [2, P, page size, G, D].
 
-    Rows of `out_MHD` that belong to no sequence keep what they hold.
+    Without `rotation` the nodes' keys and values are written already. With it `query_MHD` is [M, H + 2G, D], queries,
+    keys and values as the projections gave them, and the launch itself rotates and writes them. Not for chains, whose
+    tiles would each do it for all nodes before.
+
+    Rows of `out_MHD` that belong to no sequence are left with anything.
     """
-    num_nodes, heads, size = query_MHD.shape
+    num_nodes, size = query_MHD.shape[0], query_MHD.shape[2]
     _, _, page_size, groups, _ = cache_layer.shape
+    heads = out_MHD.shape[1]
+    if (rotation is not None) != (query_MHD.shape[1] > heads) or (rotation and visible.bits_RNW is None):
+        raise ValueError(f"rotation goes with trees and [M, H + 2G, D], got {tuple(query_MHD.shape)}")
+    query_norm, key_norm, eps = (rotation and rotation.norms) or (None, None, 0.0)
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
@@ -305,14 +350,25 @@ def attend(
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
+    whole, merges = plan.splits == 1, plan.rows <= MERGING_ROWS
+    angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
-        visible.bits_RNW, visible.depth_RN, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling, softcap or 1.0, window or 0,
-        query_MHD.stride(0), query_MHD.stride(1), out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1),
-        keys.stride(2), visible.tables_RP.stride(0), num_nodes, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
-        PAGE=page_size, SPLITS=plan.splits, TILES=tiles, BM=plan.rows, BN=plan.columns, CHAIN=visible.bits_RNW is None,
-        WINDOW=window is not None, SOFTCAP=softcap is not None,
+        visible.bits_RNW, visible.depth_RN, *angles, query_norm, key_norm, out_MHD, scratch.part, scratch.lse,
+        scratch.arrived, eps, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
+        out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
+        visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits,
+        tiles, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
+        PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows, BN=plan.columns,
+        BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),
     )  # fmt: skip
+    if not whole and not merges:
+        block = min(8, triton.next_power_of_2(heads))
+        _merge_all[(num_nodes, triton.cdiv(heads, block))](
+            scratch.part, scratch.lse, out_MHD, out_MHD.stride(0), out_MHD.stride(1), num_nodes, plan.splits,
+            H=heads, D=size, BD=triton.next_power_of_2(size), HB=block, PDL=pdl, num_warps=4, **options(pdl),
+        )  # fmt: skip
     return out_MHD

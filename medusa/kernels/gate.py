@@ -27,6 +27,15 @@ def silu_mul(both_M2F: torch.Tensor, out_MF: torch.Tensor, *, pdl: bool = False)
     num_rows, size = out_MF.shape
     block = min(1024, triton.next_power_of_2(size))
     _silu_mul[(triton.cdiv(size, block), num_rows)](
-        both_M2F, out_MF, both_M2F.stride(0), out_MF.stride(0), F=size, BF=block, PDL=pdl, num_warps=4, num_stages=1, **options(pdl)
+        both_M2F,
+        out_MF,
+        both_M2F.stride(0),
+        out_MF.stride(0),
+        F=size,
+        BF=block,
+        PDL=pdl,
+        num_warps=4,
+        num_stages=1,
+        **options(pdl),
     )
     return out_MF

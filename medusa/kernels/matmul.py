@@ -1,8 +1,8 @@
 """Products of a few rows with a large frozen matrix: what a decoding step spends its time on.
 
 The matrix is read once from memory, so such a product costs its bytes, and everything here serves to keep reads in
-flight: the weight tile is the tall operand (rows of W fill the tensor cores even for one row of X), and the reduction is
-split over programs where there would be too few of them.
+flight: the weight tile is the tall operand (rows of W fill the tensor cores even for one row of X), and the reduction
+is split over programs where there would be too few of them.
 
 Shapes: M rows of X, N rows of W (columns of the result), K the reduced axis, S splits of it.
 """
@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
-
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
@@ -144,8 +143,9 @@ class Tiles:
 
 
 def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles | None:
-    """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's own
-    product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory."""
+    """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's
+    own product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory
+    with elements of 16 bits."""
     if num_rows > LIBRARY_ROWS:
         return None
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
@@ -153,18 +153,18 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
         if rows_x == 128:
             return Tiles(rows_x, 64, 64, splits=4, stages=4)
         return Tiles(rows_x, 64, 128, splits=2, stages=6 if rows_x == 16 else 4)
-    if rows_x > 32 and num_out < LIBRARY_COLUMNS:
-        return None
     if num_out >= LIBRARY_COLUMNS:
         return Tiles(rows_x, 64, 128, stages=4 if rows_x <= 32 else 3)
-    return Tiles(rows_x, 128, 64, stages=5)
+    if rows_x <= 32:
+        return Tiles(rows_x, 128, 64, stages=5)
+    return Tiles(rows_x, 64, 64, stages=6) if rows_x == 64 else None
 
 
 def plan_gated(num_rows: int) -> Tiles | None:
     """The same for a gated product."""
-    if num_rows > 32:
-        return None
-    return Tiles(16 if num_rows <= 16 else 32, 32, 128, stages=4)
+    if num_rows <= 16:
+        return Tiles(16, 32, 128, stages=4)
+    return Tiles(64, 64, 64, stages=4) if 32 < num_rows <= 64 else None
 
 
 def matmul(

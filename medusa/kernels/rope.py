@@ -125,9 +125,11 @@ def rope_write(
     block = 8 if heads >= 8 else triton.next_power_of_2(heads)
     query_norm, key_norm, eps = norms or (None, None, 0.0)
     _rope_write[(num_nodes * triton.cdiv(heads, block),)](
-        qkv_MHD, cos_TD, sin_TD, query_norm, key_norm, keys, values, tables_RP, length_R, row_M, node_M, position_M, eps,
+        qkv_MHD, cos_TD, sin_TD, query_norm, key_norm, keys, values, tables_RP, length_R, row_M, node_M, position_M,
+        eps,
         qkv_MHD.stride(0), 0 if cos_TD is None else cos_TD.stride(0), tables_RP.stride(0), keys.stride(0),
-        keys.stride(1), keys.stride(2), H=heads - 2 * groups, G=groups, D=size, BH=triton.next_power_of_2(size // 2), PAGE=page_size, HB=block,
+        keys.stride(1), keys.stride(2),
+        H=heads - 2 * groups, G=groups, D=size, BH=triton.next_power_of_2(size // 2), PAGE=page_size, HB=block,
         HEADS=heads, ROTATE=cos_TD is not None, NORM=norms is not None, PDL=pdl,
         num_warps=4, num_stages=1, **options(pdl),
     )  # fmt: skip

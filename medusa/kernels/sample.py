@@ -50,6 +50,7 @@ def _sample(
     MIN_P,
     SEED,
     CHOICE,
+    EXACT,
     CUT_VALUE,
     CUT_TOKEN,
     BEST,
@@ -71,7 +72,10 @@ def _sample(
     base = LOGITS + m.to(tl.int64) * stride_m
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     token = tl.zeros([BLOCK], tl.int32) + tl.minimum(low, V - 1)
-    if (temperature > 0.0) & (not GREEDY):
+    draws = temperature > 0.0
+    if GREEDY:
+        draws = draws & (tl.load(EXACT + row) != 0)
+    if draws:
         seed, choice = tl.load(SEED + row), tl.load(CHOICE + row)
         restricted = is_restricted(row, TEMPERATURE, TOP_P, TOP_K, MIN_P)
         cut_value = tl.where(restricted, tl.load(CUT_VALUE + m), -float("inf"))
@@ -124,8 +128,8 @@ def sample(
     """Writes every element of `best_MX` (int64): the best (value, token) of each split of the vocabulary, packed.
 
     A node at depth d draws for position length + 1 + d. Stop ids are masked while num_output + d < min_tokens. `cuts`
-    are read of drawn, restricted nodes only, so `find_cuts` may be left out where there are none. `greedy` takes every
-    node's argmax (typical acceptance's root). Invalid nodes get some token of the vocabulary.
+    are read of drawn, restricted nodes only, so `find_cuts` may be left out where there are none. `greedy` takes the
+    argmax of all but `exact_R` rows' nodes (typical acceptance's root). Invalid nodes get some token of the vocabulary.
     """
     num_nodes, vocab_size = logits_MV.shape
     check_logits("logits_MV", logits_MV, 2)
@@ -148,6 +152,7 @@ def sample(
         state.min_p_R,
         state.seed_R,
         state.choice_R,
+        state.exact_R,
         cuts.value_M,
         cuts.token_M,
         best_MX,

@@ -54,7 +54,8 @@ class RowState:
     """Each row's sequence. `root_R`: its last token, not in the cache yet. `guesses_RKS`: what its heads guess after
     it; `num_guessed_R`: by how many heads (deeper nodes take no part). `length_R`: committed positions of its cache.
     `live_R`: 0 or 1. `remaining_R`: tokens the reply may still get, 1 or more while live. `num_output_R`: tokens it
-    has. `stop_ids_RE` is padded with -1; the others are the sampling parameters (`top_k_R` 0: all tokens)."""
+    has. `stop_ids_RE` is padded with -1. `exact_R`: 1 where typical acceptance gives way to drafts as drawn (as it does
+    at temperature 0 anyway). The others are the sampling parameters (`top_k_R` 0: all tokens)."""
 
     root_R: torch.Tensor
     guesses_RKS: torch.Tensor
@@ -71,12 +72,13 @@ class RowState:
     top_k_R: torch.Tensor
     seed_R: torch.Tensor
     choice_R: torch.Tensor
+    exact_R: torch.Tensor
 
     def __post_init__(self) -> None:
         (rows,) = self.root_R.shape
         for name in ("root_R", "length_R", "seed_R", "choice_R"):
             check(name, getattr(self, name), torch.int64, rows)
-        for name in ("num_guessed_R", "live_R", "remaining_R", "num_output_R", "min_tokens_R", "top_k_R"):
+        for name in ("num_guessed_R", "live_R", "remaining_R", "num_output_R", "min_tokens_R", "top_k_R", "exact_R"):
             check(name, getattr(self, name), torch.int32, rows)
         for name in ("temperature_R", "top_p_R", "min_p_R"):
             check(name, getattr(self, name), torch.float32, rows)
@@ -109,6 +111,7 @@ class RowState:
             top_k_R=column(torch.int32),
             seed_R=column(torch.int64),
             choice_R=column(torch.int64),
+            exact_R=column(torch.int32),
         )
 
     @property

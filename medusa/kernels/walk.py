@@ -16,63 +16,9 @@ import triton
 import triton.language as tl
 
 from medusa.kernels.checks import check
+from medusa.kernels.commit import check_step, commit, outputs, sizes
 from medusa.kernels.launch import await_inputs, options, packed_index
 from medusa.kernels.state import Drafts, Emitted, RowState, Trees
-
-STOPPED, TOO_LONG = 1, 2  # `finished_B`
-
-
-@triton.jit
-def _commit(
-    b,
-    row,
-    start,
-    live,
-    emitted,
-    path,
-    length,
-    STOP,
-    MIN_TOKENS,
-    LENGTH,
-    ROOT,
-    NUM_OUTPUT,
-    REMAINING,
-    LIVE,
-    OUT,
-    PATH,
-    NUM,
-    LAST,
-    FINISHED,
-    M,
-    E: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-):
-    """Clips `length` emitted tokens, writes the sequence's outputs, and moves its row's state on."""
-    d, e = tl.arange(0, BD), tl.arange(0, BE)
-    output, remaining = tl.load(NUM_OUTPUT + row), tl.load(REMAINING + row)
-    stops = tl.load(STOP + row * E + e, mask=e < E, other=-1)
-    is_stop = tl.max(((emitted[:, None] == stops[None, :]) & (stops >= 0)[None, :]).to(tl.int32), 1) != 0
-    is_stop = is_stop & (d < length) & (output + d + 1 >= tl.load(MIN_TOKENS + row))
-    to_stop = tl.min(tl.where(is_stop, d, BD), 0) + 1
-    num = tl.where(live, tl.minimum(tl.minimum(length, to_stop), remaining), 0)
-    finished = tl.where(to_stop <= num, 1, tl.where(num == remaining, 2, 0))
-    finished = tl.where(live, finished, 0)
-    last = tl.where(live, start + tl.max(tl.where(d == num - 1, path, -1), 0), tl.minimum(start, M - 1))
-    tl.store(OUT + b * D + d, tl.where(d < num, emitted, -1), mask=d < D)
-    tl.store(PATH + b * D + d, tl.where(d < num, path, -1), mask=d < D)
-    tl.store(NUM + b, num)
-    tl.store(LAST + b, last)
-    tl.store(FINISHED + b, finished)
-    total = tl.load(LENGTH + row) + num
-    tl.debug_barrier()  # no warp may still read the row's state when another writes it
-    if live:
-        tl.store(LENGTH + row, total)
-        tl.store(ROOT + row, tl.max(tl.where(d == num - 1, emitted, -1), 0))
-        tl.store(NUM_OUTPUT + row, output + num)
-        tl.store(REMAINING + row, remaining - num)
-        tl.store(LIVE + row, (finished == 0).to(tl.int32))
 
 
 @triton.jit
@@ -134,7 +80,7 @@ def _walk(
         child = tl.min(tl.where((parent == node) & (token == drawn), j, N), 0)
         going = ((child < N) & (length < D)).to(tl.int32)
         node = tl.where(child < N, child, node)
-    _commit(
+    commit(
         b, row, start, live, emitted, path, length, STOP, MIN_TOKENS, LENGTH, ROOT, NUM_OUTPUT, REMAINING, LIVE,
         OUT, PATH, NUM, LAST, FINISHED, M, E, D, BD, BE,
     )  # fmt: skip
@@ -154,6 +100,7 @@ def _walk_typical(
     DEPTH,
     BITS,
     TEMPERATURE,
+    EXACT,
     STOP,
     MIN_TOKENS,
     LENGTH,
@@ -187,7 +134,8 @@ def _walk_typical(
     valid = tl.load(VALID + start + j, mask=mine, other=0) != 0
     drawn = tl.load(SAMPLES + start + tl.maximum(parent, 0), mask=mine, other=-1)
     kept = tl.load(KEPT + start + j, mask=mine, other=0) != 0
-    kept = tl.where(tl.load(TEMPERATURE + row) > 0.0, kept, token == drawn) | (depth == 0)
+    exact = (tl.load(EXACT + row) != 0) | (tl.load(TEMPERATURE + row) <= 0.0)
+    kept = tl.where(exact, token == drawn, kept) | (depth == 0)
     kept = kept & valid & (depth < D)
     whole = mine
     for word in tl.static_range(N // 64):
@@ -210,7 +158,7 @@ def _walk_typical(
     bonus = tl.load(SAMPLES + start + last, mask=live, other=-1)
     emitted = tl.where(d == deepest, bonus, emitted)
     length = deepest + 1
-    _commit(
+    commit(
         b, row, start, live, emitted, path, length, STOP, MIN_TOKENS, LENGTH, ROOT, NUM_OUTPUT, REMAINING, LIVE,
         OUT, PATH, NUM, LAST, FINISHED, M, E, D, BD, BE,
     )  # fmt: skip
@@ -233,7 +181,7 @@ def walk(
     Dead and padding sequences emit nothing and change nothing.
     """
     num_nodes = trees.parent_RN.shape[1]
-    _check(rows_B, count_B, drafts, trees, state, out)
+    check_step(rows_B, count_B, drafts, trees, state, out)
     check("samples", samples, torch.int64, drafts.num_nodes, *(None,) * (samples.ndim - 1))
     splits = samples.shape[1] if samples.ndim == 2 else 1
     _walk[(rows_B.shape[0],)](
@@ -244,14 +192,14 @@ def walk(
         drafts.valid_M,
         samples,
         trees.parent_RN,
-        *_outputs(state, out),
+        *outputs(state, out),
         drafts.num_nodes,
         splits,
         N=num_nodes,
         BN=triton.next_power_of_2(num_nodes),
         BX=triton.next_power_of_2(splits),
         PACKED=samples.ndim == 2,
-        **_sizes(state, out),
+        **sizes(state, out),
         PDL=pdl,
         num_warps=1,
         **options(pdl),
@@ -273,9 +221,10 @@ def walk_typical(
 ) -> None:
     """Typical acceptance, with `walk`'s outputs. `kept_M` (bool) and `score_M` (float32, a path's log-probability) are
     `medusa.kernels.typical.judge`'s. `sampled_M` is what follows the accepted drafts: every node's draw, or its argmax
-    (the paper's root). Rows at temperature 0 keep the drafts that match `sampled_M` at their parent."""
+    (the paper's root). Rows at temperature 0 and `exact_R` rows keep the drafts that match `sampled_M` at their parent.
+    """
     num_nodes = trees.parent_RN.shape[1]
-    _check(rows_B, count_B, drafts, trees, state, out)
+    check_step(rows_B, count_B, drafts, trees, state, out)
     check("sampled_M", sampled_M, torch.int64, drafts.num_nodes)
     check("kept_M", kept_M, torch.bool, drafts.num_nodes)
     check("score_M", score_M, torch.float32, drafts.num_nodes)
@@ -292,50 +241,13 @@ def walk_typical(
         trees.depth_RN,
         trees.bits_RNW,
         state.temperature_R,
-        *_outputs(state, out),
+        state.exact_R,
+        *outputs(state, out),
         drafts.num_nodes,
         N=num_nodes,
         BN=triton.next_power_of_2(num_nodes),
-        **_sizes(state, out),
+        **sizes(state, out),
         PDL=pdl,
         num_warps=1 if num_nodes == 64 else 4,
         **options(pdl),
     )
-
-
-def _check(
-    rows_B: torch.Tensor, count_B: torch.Tensor, drafts: Drafts, trees: Trees, state: RowState, out: Emitted
-) -> None:
-    (batch,) = rows_B.shape
-    check("rows_B", rows_B, torch.int32, batch)
-    check("count_B", count_B, torch.int32, batch)
-    check("start_B", drafts.start_B, torch.int32, batch)
-    check("tokens_BD", out.tokens_BD, torch.int64, batch, None)
-    check("parent_RN", trees.parent_RN, torch.int32, state.num_rows, None)
-
-
-def _outputs(state: RowState, out: Emitted) -> tuple[torch.Tensor, ...]:
-    return (
-        state.stop_ids_RE,
-        state.min_tokens_R,
-        state.length_R,
-        state.root_R,
-        state.num_output_R,
-        state.remaining_R,
-        state.live_R,
-        out.tokens_BD,
-        out.path_BD,
-        out.num_B,
-        out.last_B,
-        out.finished_B,
-    )
-
-
-def _sizes(state: RowState, out: Emitted) -> dict[str, int]:
-    num_stops, num_depths = state.stop_ids_RE.shape[1], out.tokens_BD.shape[1]
-    return {
-        "E": num_stops,
-        "D": num_depths,
-        "BD": triton.next_power_of_2(num_depths),
-        "BE": triton.next_power_of_2(max(1, num_stops)),
-    }

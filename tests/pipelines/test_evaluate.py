@@ -23,8 +23,8 @@ from pipelines.tracking import Tracker, TrackingConfig
 
 ACCURACY = [[0.5, 0.2, 0.1], [0.4, 0.2, 0.1]]
 TREES = ladder(ACCURACY, [1, 2, 4, 8])
-FAST_TREES = StepTimes({(1, tree.num_nodes): 1.0 for tree in TREES})
-SLOW_TREES = StepTimes({(1, tree.num_nodes): float(tree.num_nodes) for tree in TREES})
+FAST_TREES = StepTimes.of_uniform_trees({(1, tree.num_nodes): 1.0 for tree in TREES})
+SLOW_TREES = StepTimes.of_uniform_trees({(1, tree.num_nodes): float(tree.num_nodes) for tree in TREES})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_no_prompt_that_fits_is_an_error(context, prompts):
 
 def test_the_choice_is_the_fastest_tree_that_gains_enough():
     measured = [1.0, 1.4, 1.6, 1.8]
-    times = StepTimes({(1, 1): 1.0, (1, 2): 1.1, (1, 4): 1.2, (1, 8): 1.5})
+    times = StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 2): 1.1, (1, 4): 1.2, (1, 8): 1.5})
     assert choose_tree(TREES, measured, times, 1, 0.02).num_nodes == 4
     assert choose_tree(TREES, measured, times, 1, 0.4) == TokenTree.root()
     assert choose_tree(TREES, measured, SLOW_TREES, 1, 0.0) == TokenTree.root()

@@ -7,7 +7,7 @@ true token at a random rank, seven times in ten. What it must not do is change a
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ class Oracle:
         nearest = torch.cdist(hidden_Bd.double(), self._hidden.double()).argmin(-1)
         guesses = self._guesses_PKS[nearest][:, :num_heads, :width]
         return guesses, torch.zeros(guesses.shape)
+
+
+class Choosing:
+    """A Speculation whose trees are `choose(sequences)`, and which learns nothing."""
+
+    def __init__(self, choose: Callable[[Sequence[Any]], list[TokenTree]]) -> None:
+        self.trees_of = choose
+
+    def learn(self, sequence: Any, tree: TokenTree, num_tokens: int) -> None:
+        pass
 
 
 @cache

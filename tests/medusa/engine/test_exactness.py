@@ -14,6 +14,7 @@ from medusa.noise import gumbel
 from tests.medusa.engine.support import (
     SIZES,
     TREES,
+    Choosing,
     Prepared,
     build_engine,
     greedy,
@@ -125,7 +126,8 @@ def test_rows_of_one_batch_may_carry_different_trees(tiny_llama):
     plain = Prepared(build_engine(tiny_llama), prompts, greedy())
     trees = [TREES[1], TREES[8], TREES[64], TREES[2]]
     by_prompt = {tuple(prompt): tree for prompt, tree in zip(prompts, trees, strict=True)}
-    plain.engine._trees_of = lambda sequences: [by_prompt[tuple(s.prompt_ids)] for s in sequences]
+    choose = Choosing(lambda sequences: [by_prompt[tuple(s.prompt_ids)] for s in sequences])
+    plain.engine._loop.speculation = choose
     completions = plain.engine.generate(prompts, greedy())
     assert [c.token_ids for c in completions] == [c.token_ids for c in plain.plain]
     assert max(completions[2].accepted_per_step) > 2

@@ -11,6 +11,7 @@ from medusa.model import Backbone
 from tests.medusa.engine.support import (
     NUM_HEADS,
     TREES,
+    Choosing,
     Prepared,
     build_engine,
     checkpoint_of,
@@ -173,13 +174,12 @@ def test_padding_is_never_accepted_as_token_0(tiny_llama):
     engine.checkpoint.heads.guess = guess
     for prompt in prompts:
         engine.add(prompt, params)
-    trees_of, engine._trees_of = engine._trees_of, lambda sequences: [TREES[1], TREES[64], TREES[4]]
+    engine._loop.speculation = Choosing(lambda sequences: [TREES[1], TREES[64], TREES[4]])
     engine.step()
     for _ in range(5):  # ragged trees: the smaller ones are padded with token 0's id
         assert [output.token_ids for output in engine.step()] == [[0], [0], [0]]
     for sequence in list(engine._scheduler.running):
         engine.abort(sequence.request_id)
-    engine._trees_of = trees_of
     engine.set_tree(TREES[1])  # and no guesses yet, so their rows hold zeros
     engine.add(prompts[0], params)
     engine.step()
@@ -242,7 +242,7 @@ def test_changing_tree_sizes_with_the_load_changes_no_token(tiny_llama):
     params = [greedy(max_tokens=n) for n in (5, 40, 12, 26, 9, 18)]
     prepared = Prepared(engine, prompts, params)
     sizes = {1: TREES[64], 2: TREES[1], 3: TREES[8], 4: TREES[2]}
-    engine._choose = sizes.__getitem__
+    engine._loop.speculation = Choosing(lambda sequences: [sizes[len(sequences)]] * len(sequences))
     completions = engine.generate(prompts, params)
     assert [c.token_ids for c in completions] == [c.token_ids for c in prepared.plain]
     assert max(count for c in completions for count in c.accepted_per_step) > 1

@@ -1,8 +1,7 @@
-"""How much to speculate: step times, the policy over them, measuring them, and trees that change under way."""
+"""Speculation in the engine: measuring step times, choosing by them, and trees that change under way."""
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
 import pytest
@@ -10,9 +9,9 @@ import pytest
 from medusa import StepTimes, TokenTree
 from medusa.calibration import guess_replies, tokens_per_step, walk
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta
-from medusa.engine.speculation import Policy, always, ladder_of
+from medusa.engine.runner import Runner
+from medusa.engine.speculation import Buckets, ladder_of
 from medusa.heads import HeadsConfig
-from medusa.tree import expected_tokens
 from tests.medusa.engine.support import (
     ACCURACY,
     TREES,
@@ -24,69 +23,7 @@ from tests.medusa.engine.support import (
 
 ROOT = TokenTree.root()
 LADDER = [TREES[4], TREES[16]]
-TIMES = StepTimes({(1, 1): 4.0, (1, 5): 6.0, (1, 9): 7.0, (4, 1): 8.0, (4, 9): 16.0})
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "num_nodes", "seconds"),
-    [
-        (1, 1, 4.0),  # measured
-        (1, 9, 7.0),
-        (1, 3, 5.0),  # between tree sizes
-        (1, 7, 6.5),
-        (4, 5, 12.0),
-        (2, 1, 4.0 + 4.0 / 3),  # between batch sizes
-        (2, 5, 6.0 + 6.0 / 3),  # between both
-        (8, 1, 16.0),  # beyond: in proportion
-        (8, 9, 32.0),
-        (1, 18, 14.0),
-        (8, 18, 64.0),
-    ],
-)
-def test_step_times_are_looked_up_between_and_beyond_the_measured_sizes(batch_size, num_nodes, seconds):
-    assert TIMES.lookup(batch_size, num_nodes) == pytest.approx(seconds)
-
-
-def test_below_the_smallest_measured_size_its_own_time_holds():
-    times = StepTimes({(4, 8): 3.0, (8, 8): 5.0})
-    assert times.lookup(1, 1) == 3.0
-
-
-def test_step_times_survive_a_round_trip_through_json():
-    assert StepTimes.from_dict(json.loads(json.dumps(TIMES.to_dict()))) == TIMES
-
-
-def test_empty_step_times_are_refused():
-    with pytest.raises(ValueError, match="step times are empty"):
-        StepTimes.from_dict({"step_times": []})
-
-
-def policy(seconds, tokens=(1.0, 1.8, 2.4)):
-    return Policy((ROOT, TREES[4], TREES[16]), tokens, StepTimes(seconds))
-
-
-def test_the_policy_takes_the_most_expected_tokens_a_second():
-    """0.25, 0.30 and 0.24 tokens a second alone; 0.125, 0.100 and 0.075 at eight."""
-    chooses = policy({(1, 1): 4.0, (1, 4): 6.0, (1, 16): 10.0, (8, 1): 8.0, (8, 4): 18.0, (8, 16): 32.0}).choose
-    assert chooses(1) == TREES[4]
-    assert chooses(8) == ROOT
-    speeds = {size: tokens / seconds for size, tokens, seconds in [(1, 1.0, 4), (4, 1.8, 6), (16, 2.4, 10)]}
-    assert max(speeds, key=speeds.get) == 4
-
-
-def test_the_largest_tree_is_taken_where_its_nodes_cost_nothing():
-    assert policy({(1, 1): 4.0, (1, 16): 4.0}).choose(1) == TREES[16]
-
-
-def test_plain_decoding_is_taken_where_speculation_does_not_pay():
-    assert policy({(1, 1): 1.0, (1, 4): 1.9, (1, 16): 2.5}).choose(1) == ROOT
-    assert policy({(1, 1): 1.0, (1, 4): 1.0, (1, 16): 1.0}, tokens=(1.0, 1.0, 1.0)).choose(1) == ROOT
-
-
-def test_the_policy_gives_the_same_tree_for_the_same_batch():
-    chooses = policy({(1, 1): 4.0, (1, 4): 6.0, (1, 16): 10.0}).choose
-    assert {chooses(3) for _ in range(5)} == {chooses(3)}
-    assert always(TREES[4])(1) == always(TREES[4])(99) == TREES[4]
+TIMES = StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 4): 1.0, (1, 16): 1.0})
 
 
 def meta(trees, **calibration):
@@ -99,19 +36,12 @@ def meta(trees, **calibration):
 
 
 def test_the_ladder_is_sorted_and_always_has_the_root():
-    measured = meta([TREES[16], TREES[4]], tokens_per_step=[2.2, 1.7])
-    assert ladder_of(measured) == ((ROOT, TREES[4], TREES[16]), (1.0, 1.7, 2.2))
-    with_root = meta([ROOT, TREES[4]], tokens_per_step=[1.0, 1.7])
-    assert ladder_of(with_root) == ((ROOT, TREES[4]), (1.0, 1.7))
-
-
-def test_a_ladder_without_a_walk_takes_the_product_estimate():
-    estimated = ladder_of(meta([TREES[4]], temperature=0.0))
-    assert estimated == ((ROOT, TREES[4]), (1.0, expected_tokens(TREES[4], ACCURACY)))
+    assert ladder_of(meta([TREES[16], TREES[4]], temperature=0.0)) == (ROOT, TREES[4], TREES[16])
+    assert ladder_of(meta([ROOT, TREES[4]], tokens_per_step=[1.0, 1.7])) == (ROOT, TREES[4])
 
 
 def test_heads_without_calibration_have_no_ladder():
-    assert ladder_of(meta([TREES[4]])) == ((), ())
+    assert ladder_of(meta([TREES[4]])) == ()
 
 
 # The engine
@@ -147,9 +77,9 @@ def test_auto_measures_only_what_a_small_cache_holds(tiny_llama):
     """Pages for three sequences of the profile's length, though there are eight rows."""
     measured = []
 
-    def spy(self, batch_sizes, trees, **settings):
-        measured.extend(batch_sizes)
-        return StepTimes({(1, 1): 1.0})
+    def spy(self, steps, **settings):
+        measured.extend(steps)
+        return StepTimes.of_uniform_trees({(1, 1): 1.0})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("medusa.engine.profile.Profiler.measure", spy)
@@ -161,7 +91,7 @@ def test_auto_measures_only_what_a_small_cache_holds(tiny_llama):
 
 
 def test_stored_step_times_spare_the_measurement(tiny_llama):
-    times = StepTimes({(1, 1): 1.0, (1, 16): 1.0, (4, 1): 1.0, (4, 16): 9.0})
+    times = StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 16): 1.0, (4, 1): 1.0, (4, 16): 9.0})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("medusa.engine.profile.Profiler.measure", None)
         engine = build_engine(tiny_llama, trees=LADDER, speculation="auto", step_times=times)
@@ -170,7 +100,7 @@ def test_stored_step_times_spare_the_measurement(tiny_llama):
         engine.generate(random_prompts([5] * count), greedy(max_tokens=3))
         sizes.append(engine.stats().tree_size)
     assert sizes == [16, 1]
-    engine.set_policy(StepTimes({(1, 1): 1.0, (1, 16): 99.0}))
+    engine.set_policy(StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 16): 99.0}))
     engine.generate(random_prompts([5]), greedy(max_tokens=3))
     assert engine.stats().tree_size == 1
 
@@ -180,7 +110,7 @@ def test_measuring_leaves_the_engine_idle_and_decoding_right(tiny_llama):
     prepared = Prepared(engine, random_prompts([6, 19, 40], seed=31), greedy())
     before = engine.stats()
     times = engine.measure_step_times([1, 3], [ROOT, *LADDER], repeats=2, context=70)
-    assert sorted(times.seconds) == [(b, n) for b in (1, 3) for n in (1, 4, 16)]
+    assert sorted(times.seconds) == [(b, b * n, 70) for b in (1, 3) for n in (1, 4, 16)]
     assert min(times.seconds.values()) > 0
     assert engine.stats() == before and engine.stats().pages_used == 0
     assert [c.token_ids for c in prepared.decode(TREES[16])] == [c.token_ids for c in prepared.plain]
@@ -250,3 +180,62 @@ def test_the_offline_walk_is_the_engine_step_by_step(tiny_llama, size):
     assert [walk(item, TREES[size]) for item in guessed] == [c.accepted_per_step for c in completions]
     steps = sum(c.num_steps for c in completions)
     assert tokens_per_step(guessed, TREES[size]) == sum(len(c.token_ids) - 1 for c in completions) / steps
+
+
+def test_a_runner_of_ragged_shapes_is_measured_on_them_and_given_ragged_trees(tiny_llama, monkeypatch):
+    """Whatever the policy makes of the shapes, replies are plain decoding's."""
+    buckets = Buckets(nodes=(2, 4, 8, 16, 48, 300), batches=(1, 2, 4))
+    monkeypatch.setattr(Runner, "buckets", property(lambda self: buckets))
+    monkeypatch.setattr("medusa.engine.profile.CONTEXTS", (20, 40))
+    engine = build_engine(tiny_llama, trees=[TREES[4], TREES[64]])
+    prepared = Prepared(engine, random_prompts([6, 19, 40, 9], seed=35), greedy(max_tokens=30))
+    engine.set_speculation("auto")
+    measured = {(batch, total) for batch, total, _ in engine.step_times.seconds}
+    expected = {(b, b) for b in (1, 2, 4)} | {(b, n) for b in (1, 2, 4) for n in buckets.nodes if b < n < 64 * b}
+    assert measured == expected | {(1, 64), (2, 128), (4, 256)}
+    assert {context for _, _, context in engine.step_times.seconds} == {20, 40}
+    cheap = StepTimes({shape: 1.0 + 0.001 * shape[1] for shape in engine.step_times.seconds})
+    engine.set_policy(cheap)
+    trees = []
+    for prompt in prepared.prompts:
+        engine.add(prompt, prepared.params)
+    replies = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            replies.setdefault(output.request_id, []).extend(output.token_ids)
+        trees.append(engine._loop.speculation.choice.nodes)
+    assert list(replies.values()) == [c.token_ids for c in prepared.plain]
+    assert any(len(set(nodes)) > 1 for nodes in trees)
+
+
+def test_what_auto_measured_is_kept_and_can_be_given_to_another_engine(tiny_llama, monkeypatch):
+    engine = build_engine(tiny_llama, trees=LADDER)
+    assert engine.step_times is None
+    engine.set_speculation("auto")
+    times = engine.step_times
+    monkeypatch.setattr("medusa.engine.profile.Profiler.measure", None)
+    engine.set_speculation("off")
+    engine.set_speculation("auto")
+    assert build_engine(tiny_llama, trees=LADDER, speculation="auto", step_times=times).step_times == times
+
+
+def test_auto_cannot_measure_while_requests_run(tiny_llama):
+    engine = build_engine(tiny_llama, trees=LADDER)
+    engine.add([5], greedy(), request_id="r")
+    with pytest.raises(RuntimeError, match="idle engine"):
+        engine.set_speculation("auto")
+    engine.abort("r")
+
+
+def test_accepted_drafts_are_learnt_by_request(tiny_llama):
+    """An oracle whose guesses are all right, and one whose guesses are all wrong."""
+    factors = {}
+    for rate in (0.0, 1.0):
+        engine = build_engine(tiny_llama, trees=LADDER)
+        prepared = Prepared(engine, random_prompts([6], seed=36), greedy(max_tokens=40), rate=rate)
+        engine.set_policy(StepTimes.of_uniform_trees({(1, 1): 1.0, (1, 16): 1.0}))
+        engine.add(prepared.prompts[0], prepared.params)
+        while engine.has_unfinished():
+            engine.step()
+            factors[rate] = [s.acceptance.factor for s in engine._scheduler.running] or factors[rate]
+    assert factors[0.0][0] < 0.5 and factors[1.0][0] > 1.2

@@ -9,7 +9,7 @@ import torch
 
 from medusa import Engine, HeadsConfig, MedusaHeads, TokenTree, Typical
 from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMismatchError
-from medusa.engine.speculation import StepTimes
+from medusa.engine.step_times import StepTimes
 from medusa.tree import grow
 from tests.medusa.engine.support import ACCURACY, TREES, checkpoint_of, greedy, load, random_prompts
 
@@ -104,7 +104,7 @@ def test_swapping_there_and_back_is_as_before(tiny_llama):
 
 
 def test_the_policy_weighs_the_new_trees_by_the_times_it_has(tiny_llama):
-    times = StepTimes({(1, 1): 1.0, (1, 16): 1.2, (4, 1): 1.0, (4, 16): 9.0})
+    times = StepTimes({(1, 1, 128): 1.0, (1, 16, 128): 1.2, (4, 4, 128): 1.0, (4, 64, 128): 9.0})
     engine = engine_with(tiny_llama, heads_of(tiny_llama, 1), speculation="auto", step_times=times)
     small = grow(ACCURACY, 2)
     engine.swap_heads(heads_of(tiny_llama, 2, trees=[small]))

@@ -136,6 +136,9 @@ def test_typical_walk_equals_its_formula(make_step, shape, root):
         state = step.state
         state.temperature_R[::2], state.temperature_R[1::4] = 0.0, 0.7
         state.temperature_R[3::4], state.top_p_R[3::4] = 1.2, 0.9
+        state.exact_R[1::4] = state.exact_R[::4] = (
+            1  # rows that decode as drawn whatever the rule, greedy ones among them
+        )
         logits = torch.randn(step.num_flat, 11, generator=torch.Generator().manual_seed(seed))
         logits[:, :4] += 1.5
         cuts, best = Cuts.empty(step.num_flat, CPU), torch.full((step.num_flat, 1), -1)
@@ -150,7 +153,7 @@ def test_typical_walk_equals_its_formula(make_step, shape, root):
 
         def formula(row, nodes, tree, before=before, drafts=drafts, samples=samples, drawn_from=drawn_from):
             tokens, drawn, logits = drafts.tokens_M[nodes][None], samples[nodes][None], drawn_from[nodes][None]
-            if before.temperature_R[row] == 0:
+            if before.temperature_R[row] == 0 or before.exact_R[row]:
                 return accept(tree, match(tree, tokens, drawn), drawn)
             logprob = logits.log_softmax(-1)[0, tree.parent_BN[0], tokens[0]]
             logprob = torch.where(tree.depth_BN[0] > 0, logprob, 0.0).nan_to_num(neginf=-1e4)
@@ -159,6 +162,27 @@ def test_typical_walk_equals_its_formula(make_step, shape, root):
 
         emitted += expect(step, before, out, drafts, formula)
     assert emitted > 2
+
+
+def test_a_greedy_root_leaves_exact_rows_their_draws(make_step):
+    step, drafts, _ = prepare(make_step, 0, dict(batch=9))
+    state, nobody = step.state, Cuts.empty(step.num_flat, CPU)
+    state.temperature_R[:], state.exact_R[::2] = 1.5, 1
+    logits = torch.randn(step.num_flat, 40, generator=torch.Generator().manual_seed(0))
+
+    def sampled(greedy):
+        best, tokens = torch.full((step.num_flat, 1), -1), torch.full((step.num_flat,), -1)
+        sample(logits, drafts, state, nobody, best, greedy=greedy)
+        reduce_samples(best, tokens)
+        return tokens
+
+    drawn, mixed = sampled(False), sampled(True)
+    exact = state.exact_R[drafts.row_M.long()] != 0
+    state.temperature_R.zero_()
+    argmax = sampled(False)
+    assert torch.equal(mixed, torch.where(exact, drawn, argmax))
+    assert not torch.equal(drawn[exact], argmax[exact])
+    assert not torch.equal(drawn[~exact], argmax[~exact])
 
 
 def test_stop_ids_length_and_min_tokens_end_a_reply(make_step):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from deployments.bench import Comparison, Load, Side, compare, write_report
+from benchmarks.serving import Comparison, Load, Side, compare, write_report
 from deployments.config import ServerConfig
 from deployments.local import free_port
 

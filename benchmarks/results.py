@@ -1,0 +1,122 @@
+"""What a benchmark leaves: one JSON file, one Markdown page, plots. Each file appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Interval, Row
+
+COLUMNS = ("contender", "T", "tokens/s", "end to end", "tokens a step", "step, ms", "nodes", "over plain", "of copy")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` fills a file beside `path`, which then takes its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        partial.chmod(0o644)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_results(folder: Path, settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> None:
+    """decode.json, decode.md and a plot for each of tokens/s, ratio to plain and step time by concurrency."""
+    content = {"settings": settings, "notes": list(notes), "rows": [asdict(row) for row in rows]}
+    write_atomically(folder / "decode.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+    write_atomically(folder / "decode.md", lambda path: path.write_text(markdown(settings, rows, notes)))
+    if rows:
+        _plot(folder / "tokens_per_second.png", rows, "tokens a second", lambda row: row.tokens_per_second)
+        _plot(folder / "over_plain.png", rows, "tokens a second over plain decoding", lambda row: row.ratio, level=1.0)
+        _plot(folder / "step_ms.png", rows, "median step, ms", lambda row: Interval(*[row.step_ms] * 3))
+
+
+def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
+    """A page with a table for each concurrency."""
+    has_idle = any(row.gpu_idle_share is not None for row in rows)
+    lines = [
+        "# Decoding",
+        "",
+        *(f"- {name}: {value}" for name, value in settings.items() if isinstance(value, str | int | float)),
+        "",
+    ]
+    for concurrency in sorted({row.concurrency for row in rows}):
+        group = [row for row in rows if row.concurrency == concurrency]
+        columns = [*COLUMNS, *(["GPU idle"] if has_idle else [])]
+        requests = sorted({f"{row.requests} replies, {row.repeats} runs" for row in group})
+        lines += [f"## {concurrency} at once ({'; '.join(requests)})", ""]
+        lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+        lines += [f"| {' | '.join(_cells(row, has_idle))} |" for row in group]
+        lines.append("")
+    lines += [
+        "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
+        "includes the prefill. Steps are medians while all requests of a wave run. Of copy: the bytes that a step has",
+        "to read, over its time, as a share of the rate at which the device copies memory (read and write counted).",
+        "",
+        *(f"- {note}" for note in notes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(row: Row, has_idle: bool) -> list[str]:
+    cells = [
+        row.contender,
+        f"{row.temperature:g}",
+        _interval(row.tokens_per_second, 0),
+        f"{row.end_to_end.median:.0f}",
+        f"{row.tokens_per_step:.2f}",
+        f"{row.step_ms:.2f}",
+        f"{row.nodes:.1f}",
+        _interval(row.ratio, 3) if row.ratio else "",
+        f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
+    ]
+    if has_idle:
+        cells.append(f"{row.gpu_idle_share:.1%}" if row.gpu_idle_share is not None else "")
+    return cells
+
+
+def _interval(value: Interval, digits: int) -> str:
+    return f"{value.median:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
+
+
+def _plot(
+    path: Path,
+    rows: Sequence[Row],
+    label: str,
+    value: Callable[[Row], Interval | None],
+    level: float | None = None,
+) -> None:
+    from matplotlib.figure import Figure
+
+    if not any(value(row) for row in rows):
+        return
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name in dict.fromkeys(row.contender for row in rows):
+        points = [(row.concurrency, interval) for row in rows if row.contender == name and (interval := value(row))]
+        if points:
+            xs, intervals = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+            medians = [interval.median for interval in intervals]
+            below = [interval.median - interval.low for interval in intervals]
+            above = [interval.high - interval.median for interval in intervals]
+            axes.errorbar(xs, medians, yerr=[below, above], marker="o", markersize=4, capsize=2, label=name)
+    if level is not None:
+        axes.axhline(level, color="grey", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({row.concurrency for row in rows}), [str(c) for c in sorted({r.concurrency for r in rows})])
+    axes.set_xlabel("requests at once")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    write_atomically(path, lambda partial: figure.savefig(partial, dpi=130))

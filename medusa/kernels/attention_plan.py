@@ -1,0 +1,91 @@
+"""How a launch of `attention.py` is cut, what its nodes may look at, and the room that its splits meet in.
+
+Shapes: B sequences of a step, R batch rows, N nodes a tree (W words of bits), P pages of a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+MAX_SPLITS = 64
+MAX_ROWS = 64  # query rows of a tile
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a step's attention is cut: splits of the committed tokens, query rows and cached tokens a tile, the most
+    nodes that one sequence brings and how many of them a tile takes, warps and pipeline stages."""
+
+    splits: int
+    rows: int
+    columns: int
+    max_nodes: int
+    tree_columns: int = 32
+    warps: int = 4
+    stages: int = 2
+
+    @classmethod
+    def of(cls, *, batch_size: int, max_nodes: int, group: int, num_kv_heads: int, processors: int) -> AttentionPlan:
+        """A plan that keeps the GPU's multiprocessors busy about twice over."""
+        packed = max_nodes * group
+        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
+        tiles = triton.cdiv(packed, rows)
+        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
+        splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+        return cls(
+            splits=splits,
+            rows=rows,
+            columns=64,
+            max_nodes=max_nodes,
+            tree_columns=16 if max_nodes <= 16 else 32,
+            warps=8 if rows == MAX_ROWS else 4,
+        )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How a step's queries and keys become what is attended to: angles by position (cos and sin, half a head each), the
+    nodes' positions, and RMSNorm weights of queries and keys with their epsilon, where the model has them."""
+
+    position_M: torch.Tensor
+    cos_TD: torch.Tensor
+    sin_TD: torch.Tensor
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which nodes each sequence of a step brings, and what they see: the committed tokens on its pages, and each other.
+
+    `bits_RNW` and `depth_RN` are kept by batch row; None stands for chains. `rows_B` names each sequence's batch row.
+    """
+
+    rows_B: torch.Tensor
+    start_B: torch.Tensor
+    count_B: torch.Tensor
+    length_R: torch.Tensor
+    tables_RP: torch.Tensor
+    bits_RNW: torch.Tensor | None
+    depth_RN: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """What the splits of one launch leave for the one that merges them; launches in one stream may share it."""
+
+    part: torch.Tensor
+    lse: torch.Tensor
+    arrived: torch.Tensor
+
+    @classmethod
+    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
+        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
+        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
+        return cls(
+            part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
+            lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
+            arrived=torch.zeros(2 * processors, dtype=torch.int32, device=device),
+        )
