@@ -14,13 +14,13 @@ import logging
 import queue
 import threading
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
 from deployments.admission import Admission, Bounds, Demand
+from deployments.handover import Handover, Pace
 from deployments.metrics import Metrics, clock
 from deployments.recorder import RequestRecord, StepSpan
 from deployments.streams import FailedHeads, HeadsVersion, Stream
@@ -35,15 +35,6 @@ Prompt = str | Sequence[int]
 
 class EngineUnavailable(RuntimeError):
     """The engine is sick or closed; another replica, or this one once replaced, may take the request."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pace:
-    """While `from_running` replies or more are decoded, outputs are handed over at most every `seconds`: fewer, larger
-    chunks leave the interpreter to the engine. First and last tokens never wait."""
-
-    seconds: float = 0.02
-    from_running: int = 8
 
 
 @dataclass
@@ -79,13 +70,11 @@ class AsyncEngine:
         self.metrics = metrics or Metrics("model")
         self._engine = engine
         self._stall_timeout_s = stall_timeout_s
-        self._pace = pace or Pace()
         self._ids = itertools.count()
         self._heads = heads or HeadsVersion()
         self.failed_heads: FailedHeads | None = None  # the latest that could not be taken, until others are
         self._requests: dict[str, _Request] = {}  # by engine request id; touched by the engine's thread only
-        self._held: list[tuple[Stream, tuple[int, Output]]] = []  # as well: outputs not handed over yet
-        self._handed_over = clock()
+        self._handover = Handover(pace or Pace(), self._release)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._postponed: list[Callable[[], None]] = []  # while new heads wait for running replies to end
         self._lock = threading.Lock()  # guards the three below: no stream is admitted after a failure
@@ -266,12 +255,12 @@ class AsyncEngine:
             except ValueError as error:
                 self._abort(stream)
                 where = f"prompt {index}: " if len(requests) > 1 else ""
-                self._post([(stream, ValueError(f"{where}{error}"))])
+                self._handover.post([(stream, ValueError(f"{where}{error}"))])
                 return
             stream.request_ids.append(request_id)
             record = RequestRecord(submitted, len(prompt))
             self._requests[request_id] = _Request(stream, index, params.n, record)
-        self._post([(stream, None)])
+        self._handover.post([(stream, None)])
 
     def _abort(self, stream: Stream) -> None:
         for request_id in stream.request_ids:
@@ -285,6 +274,8 @@ class AsyncEngine:
             must_wait = self._engine.must_be_idle_for(checkpoint) and self._engine.has_unfinished()
             if self._postponed or must_wait:
                 self._postponed.append(partial(self._swap, checkpoint, heads, done))
+                return
+            if not done.set_running_or_notify_cancel():  # its caller left while it waited
                 return
             self._engine.swap_heads(checkpoint)
         except ValueError as error:  # the checkpoint's fault; the engine goes on with the heads it has
@@ -312,40 +303,20 @@ class AsyncEngine:
             if begins and request.record.has_begun:
                 self._began(request.stream, request.record.prompt_tokens)
             is_urgent |= begins or output.finished is not None
-            self._held.append((request.stream, (request.index, output)))
+            self._handover.hold(request.stream, (request.index, output))
             request.unfinished -= output.finished is not None
             if request.unfinished == 0:
                 del self._requests[output.request_id]
-        if is_urgent or self._is_due(step):
-            self._hand_over()
-
-    def _is_due(self, step: StepSpan) -> bool:
-        is_calm = step.after.running < self._pace.from_running
-        return is_calm or clock() - self._handed_over >= self._pace.seconds or not self._engine.has_unfinished()
-
-    def _hand_over(self) -> None:
-        held, self._held = self._held, []
-        self._handed_over = clock()
-        self._post(held)
-
-    def _post(self, items: Iterable[tuple[Stream, tuple[int, Output] | Exception | None]]) -> None:
-        by_loop = defaultdict(list)
-        for stream, item in items:
-            by_loop[stream.loop].append((stream, item))
-        for loop, batch in by_loop.items():
-            try:
-                loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:  # the loop was closed under its callers: nobody is left to read
-                for stream, _ in batch:
-                    self._release(stream)
+        if is_urgent or self._handover.is_due(step.after.running) or not self._engine.has_unfinished():
+            self._handover.flush()
 
     def _fail(self, reason: str) -> None:
-        self._hand_over()
+        self._handover.flush()
         with self._lock:
             self._failure = reason
             streams = list(self._open)
         self.metrics.sick()
-        self._post([(stream, EngineUnavailable(reason)) for stream in streams])
+        self._handover.post([(stream, EngineUnavailable(reason)) for stream in streams])
         self._refuse_what_waits(EngineUnavailable(reason))
 
     def _refuse_what_waits(self, error: EngineUnavailable) -> None:
@@ -357,8 +328,3 @@ class AsyncEngine:
         for command in waiting:
             if isinstance(command, partial) and command.func == self._swap:
                 command.args[2].set_exception(error)
-
-
-def _deliver(batch: Iterable[tuple[Stream, tuple[int, Output] | Exception | None]]) -> None:
-    for stream, item in batch:
-        stream.deliver(item)

@@ -19,9 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments import logs
 from deployments.api import build_api
-from deployments.async_engine import AsyncEngine, EngineUnavailable, Pace
+from deployments.async_engine import AsyncEngine, EngineUnavailable
 from deployments.autoscaling import autoscaling_options, load_of
 from deployments.config import HeadsConfig, ServerConfig
+from deployments.handover import Pace
 from deployments.heads_slot import HeadsSlot, verified
 from deployments.metrics import Metrics, RayMirror
 from medusa import Engine

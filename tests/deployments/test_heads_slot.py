@@ -206,3 +206,21 @@ async def test_an_engine_that_fails_meanwhile_tells_who_waits_for_a_swap(scripte
             pass
     with pytest.raises(EngineUnavailable):
         await engine.swap_heads("new heads", NEW)
+
+
+async def test_a_swap_whose_caller_left_while_it_waited_is_not_made(async_engine, scripted):
+    scripted.must_be_idle = True
+    scripted.pause_after = 1
+    old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
+    await anext(old)
+    swap = asyncio.ensure_future(async_engine.swap_heads("new heads", NEW))
+    await until(lambda: not async_engine._inbox.empty())
+    swap.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await swap
+    scripted.gate.set()
+    async for _ in old:
+        pass
+    await until(lambda: async_engine._inbox.empty() and not async_engine._postponed)
+    assert scripted.swapped == [] and async_engine.heads == HeadsVersion()
+    async_engine.check_health()

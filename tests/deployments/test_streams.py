@@ -11,7 +11,8 @@ import pytest
 
 from deployments.admission import Demand
 from deployments.api import build_api
-from deployments.async_engine import AsyncEngine, EngineUnavailable, Pace
+from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.handover import Pace
 from deployments.streams import Stream, join
 from medusa import Output, SamplingParams, TokenLogprob
 
