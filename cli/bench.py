@@ -7,6 +7,7 @@ import typer
 from benchmarks.decode import decode
 from benchmarks.serve import serve
 from benchmarks.trees import trees
+from cli.bench_distill import distill
 
 app = typer.Typer(
     help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
@@ -15,3 +16,4 @@ app = typer.Typer(
 app.command()(decode)
 app.command()(serve)
 app.command()(trees)
+app.command()(distill)

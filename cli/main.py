@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cli import bench, pipeline, registry, serving
+from cli import bench, export, pipeline, plan, registry, serving
 from cli.demo import demo
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
@@ -59,6 +59,8 @@ app = typer.Typer(
 pipeline.add_commands(app)
 registry.add_commands(app)
 serving.add_commands(app)
+export.add_commands(app)
+plan.add_commands(app)
 app.command()(demo)
 app.add_typer(bench.app, name="bench")
 

@@ -16,7 +16,8 @@ from itertools import accumulate
 
 import torch
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads, MedusaHeads
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.tree import Accuracy, Path, TokenTree, grow_in_order
 
@@ -37,7 +38,7 @@ class ReplyGuesses:
 
 
 def guess_replies(
-    backbone: Backbone, heads: MedusaHeads, rows: Iterable[Row], width: int, *, batch_size: int = 16
+    backbone: Backbone, heads: DraftHeads, rows: Iterable[Row], width: int, *, batch_size: int = 16
 ) -> Iterator[ReplyGuesses]:
     """Runs backbone and heads over known replies, teacher-forced, in padded batches; results in the rows' order."""
     batch: list[Row] = []
@@ -140,13 +141,31 @@ def _roots(item: ReplyGuesses, tree: TokenTree) -> Iterable[int]:
     return accumulate(walk(item, tree)[:-1], initial=0)
 
 
-def _guess_batch(backbone: Backbone, heads: MedusaHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:
+def _guess_batch(backbone: Backbone, heads: DraftHeads, rows: Sequence[Row], width: int) -> Iterator[ReplyGuesses]:
     sequences = [[*prompt, *reply] for prompt, reply in rows]
     longest = max(len(ids) for ids in sequences)
     padded = [ids + [0] * (longest - len(ids)) for ids in sequences]
     hidden_BTd = backbone.hidden_states(torch.tensor(padded, device=backbone.device))
     for (prompt, reply), hidden_Td in zip(rows, hidden_BTd, strict=True):
         made_on = hidden_Td[len(prompt) - 1 : len(prompt) + len(reply) - 1]
-        with torch.no_grad():
-            guesses_TKS, _ = heads.guess(made_on, backbone.lm_head_weight, width, backbone.cap)
-        yield ReplyGuesses(list(reply), guesses_TKS.tolist())
+        yield ReplyGuesses(list(reply), _guess_along(backbone, heads, made_on, reply, width).tolist())
+
+
+@torch.no_grad()
+def _guess_along(
+    backbone: Backbone, heads: DraftHeads, hidden_Td: torch.Tensor, reply: Sequence[int], width: int
+) -> torch.Tensor:
+    """[T, K, S]. Heads that see their path are given the reply's own tokens: exact acceptance keeps no other path."""
+    if isinstance(heads, MedusaHeads):
+        return heads.guess(hidden_Td, backbone.lm_head_weight, width, backbone.cap)[0]
+    if not isinstance(heads, HydraHeads):
+        raise TypeError(f"no way is known to walk a reply with {type(heads).__name__}")
+    num_heads = heads.config.num_heads
+    tokens = torch.tensor([*reply, *[0] * (num_heads - 1)], device=hidden_Td.device)  # past the end: never compared
+    ahead_TK = tokens.unfold(0, num_heads, 1)
+    weight_Vd, cap = backbone.lm_head_weight, backbone.cap
+    guesses = [
+        heads.guess_next(k, hidden_Td, ahead_TK[:, : k + 1], backbone.embed, weight_Vd, width, cap)
+        for k in range(num_heads)
+    ]
+    return torch.stack([ids for ids, _ in guesses], 1)

@@ -4,8 +4,10 @@
     config.json                  the keys that those loaders need
     medusa.json                  backbone digests, calibration, trees, provenance (CheckpointMeta)
     README.md                    the model card
+    adapter/                     Medusa-2 by LoRA only: what makes the base model the heads' backbone (peft's files)
 
-Never pickle. Saving is atomic: the folder appears whole or not at all.
+Hydra heads keep keys of their own (`hydra.{head}...`) under a raised schema version and another model type, so that no
+loader of Medusa heads takes them for such. Never pickle. Saving is atomic: the folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from medusa.config import ConfigError, strict, to_dict, validate
-from medusa.heads import HeadsConfig, MedusaHeads
+from medusa.digests import directory_digest
+from medusa.heads import DraftHeads, HeadsConfig, MedusaHeads
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = {"medusa": 1, "hydra": 2}
+SCHEMA_VERSION = SCHEMA_VERSIONS["medusa"]
+HEADS: dict[str, type[DraftHeads]] = {"medusa": MedusaHeads, "hydra": HydraHeads}
+ADAPTER = "adapter"
 WEIGHTS = "medusa_lm_head.safetensors"
 META = "medusa.json"
 CONFIG = "config.json"
@@ -79,23 +86,40 @@ class Calibration:
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class AdapterRef:
+    """The base model and the digest of the `adapter/` folder that together make the heads' backbone."""
+
+    base: BackboneRef
+    digest: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class CheckpointMeta:
-    """medusa.json. `trees` is the ladder as lists of paths; `training` tells what made the heads."""
+    """medusa.json. `trees` is the ladder as lists of paths; `training` tells what made the heads. `backbone` is what
+    the heads run on: with an `adapter`, the base model with the adapter merged in."""
 
     heads: HeadsConfig
     backbone: BackboneRef
     schema_version: int = SCHEMA_VERSION
-    head_kind: Literal["medusa"] = "medusa"
+    head_kind: Literal["medusa", "hydra"] = "medusa"
+    adapter: AdapterRef | None = None
     calibration: Calibration | None = None
     trees: list[list[list[int]]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, heads: DraftHeads, backbone: BackboneRef, **others: Any) -> CheckpointMeta:
+        """The meta data of these heads, with their kind and its schema version."""
+        version = SCHEMA_VERSIONS[heads.kind]
+        return cls(heads=heads.config, backbone=backbone, schema_version=version, head_kind=heads.kind, **others)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A loaded checkpoint, verified to hold finite weights."""
 
-    heads: MedusaHeads
+    heads: DraftHeads
     meta: CheckpointMeta
 
     @property
@@ -103,22 +127,41 @@ class Checkpoint:
         return self.meta.heads
 
 
-def save_checkpoint(directory: Path, heads: MedusaHeads, meta: CheckpointMeta, *, readme: str | None = None) -> None:
-    """Writes the folder atomically; an existing folder is an error, since checkpoints are never changed in place."""
+def save_checkpoint(
+    directory: Path,
+    heads: DraftHeads,
+    meta: CheckpointMeta,
+    *,
+    readme: str | None = None,
+    adapter: Path | None = None,
+) -> None:
+    """Writes the folder atomically; an existing folder is an error, since checkpoints are never changed in place.
+
+    `adapter` is the folder of peft's files that `meta.adapter` speaks of.
+    """
     directory = Path(directory)
     if directory.exists():
         raise CheckpointError(f"{directory} already exists; checkpoints are not overwritten, choose another folder")
     if heads.config != meta.heads:
         raise CheckpointError(f"heads are {heads.config}, but the meta data says {meta.heads}")
+    if (heads.kind, SCHEMA_VERSIONS[heads.kind]) != (meta.head_kind, meta.schema_version):
+        raise CheckpointError(
+            f"{heads.kind} heads with meta data of {meta.head_kind} heads, schema {meta.schema_version}"
+        )
+    if (adapter is None) != (meta.adapter is None):
+        raise CheckpointError(f"the adapter's folder is {adapter}, but the meta data says {meta.adapter}")
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir(parents=True)
     try:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+        prefix = _key_prefix(meta)
+        tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(_loader_config(meta), indent=2) + "\n")
         (partial / META).write_text(json.dumps(to_dict(meta), indent=2) + "\n")
         (partial / "README.md").write_text(readme or _default_readme(meta))
-        for path in (*partial.iterdir(), partial):
+        if adapter is not None:
+            shutil.copytree(adapter, partial / ADAPTER)
+        for path in (*partial.rglob("*"), partial):
             _fsync(path)
         partial.rename(directory)
     except BaseException:
@@ -141,7 +184,7 @@ def load_checkpoint(directory: Path, backbone: Backbone | None = None) -> Checkp
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"tensor {name} of {directory / WEIGHTS} holds NaN or infinite values; train again")
     try:
-        heads = _heads_of(meta.heads, tensors)
+        heads = _heads_of(meta, tensors)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} does not fit its {META}: {error}") from error
     if backbone is not None:
@@ -164,13 +207,20 @@ def read_meta(directory: Path) -> CheckpointMeta:
         content = json.loads((directory / META).read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{directory / META} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        raise CheckpointError(f"{directory / META} has schema version {found}; this release reads {SCHEMA_VERSION}")
+    found = content.get("schema_version") if isinstance(content, dict) else None
+    if found not in SCHEMA_VERSIONS.values():
+        known = ", ".join(f"{version} ({name} heads)" for name, version in SCHEMA_VERSIONS.items())
+        raise CheckpointError(f"{directory / META} has schema version {found}; this release reads {known}")
     try:
-        return validate(CheckpointMeta, content, source=str(directory / META))
+        meta = validate(CheckpointMeta, content, source=str(directory / META))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
+    if found != SCHEMA_VERSIONS[meta.head_kind]:
+        needed = SCHEMA_VERSIONS[meta.head_kind]
+        raise CheckpointError(f"{directory / META} has schema version {found}; {meta.head_kind} heads have {needed}")
+    if meta.adapter is not None:
+        _check_adapter(directory / ADAPTER, meta.adapter)
+    return meta
 
 
 def update_meta(directory: Path, **changes: Any) -> CheckpointMeta:
@@ -199,6 +249,17 @@ def check_pair(meta: CheckpointMeta, backbone: Backbone, tokenizer_digest: str |
         )
 
 
+def _check_adapter(folder: Path, reference: AdapterRef) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is missing, without which {reference.base.name} is not the heads' backbone")
+    if (found := directory_digest(folder)) != reference.digest:
+        raise CheckpointError(f"{folder} was changed: its digest is {found}, {META} says {reference.digest}")
+
+
+def _key_prefix(meta: CheckpointMeta) -> str:
+    return "" if meta.head_kind == "medusa" else f"{meta.head_kind}."
+
+
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(directory / WEIGHTS)
@@ -208,9 +269,13 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{directory / WEIGHTS} is damaged: {error}") from error
 
 
-def _heads_of(config: HeadsConfig, tensors: dict[str, torch.Tensor]) -> MedusaHeads:
+def _heads_of(meta: CheckpointMeta, tensors: dict[str, torch.Tensor]) -> DraftHeads:
+    prefix = _key_prefix(meta)
+    if foreign := sorted(name for name in tensors if not name.startswith(prefix)):
+        raise ValueError(f"keys of {meta.head_kind} heads begin with {prefix!r}, got {foreign[:3]}")
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     with torch.device("meta"):  # no memory and no random numbers for weights that are read
-        heads = MedusaHeads(config, tensors.get("token_map"))
+        heads = HEADS[meta.head_kind](meta.heads, tensors.get("token_map"))
     expected, found = set(heads.state_dict()), set(tensors)
     if expected != found:
         raise ValueError(f"missing {sorted(expected - found)}, unexpected {sorted(found - expected)}")
@@ -223,8 +288,8 @@ def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
     """The superset of keys that other loaders read. Every "num…heads" must agree: vLLM folds them into one."""
     heads = meta.heads
     return {
-        "model_type": "medusa",
-        "architectures": ["MedusaModel"],
+        "model_type": meta.head_kind,
+        "architectures": [f"{meta.head_kind.capitalize()}Model"],
         "hidden_size": heads.hidden_size,
         "vocab_size": heads.vocab_size,
         "medusa_num_heads": heads.num_heads,
@@ -241,7 +306,7 @@ def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
 
 def _default_readme(meta: CheckpointMeta) -> str:
     return (
-        f"# Medusa heads for {meta.backbone.name}\n\n"
+        f"# {meta.head_kind.capitalize()} heads for {meta.backbone.name}\n\n"
         f"{meta.heads.num_heads} heads of {meta.heads.num_layers} residual block(s), {meta.heads.vocabulary} "
         f"vocabulary. They guess tokens ahead for the backbone with weights\n`{meta.backbone.weights_digest}` "
         "and no other.\n"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import nn
@@ -66,15 +66,21 @@ class ResidualBlock(nn.Module):
         return hidden + functional.silu(self.linear(hidden))
 
 
-class MedusaHeads(nn.ModuleList):
-    """K heads. As a module list of sequentials its state dict has the layout that Medusa's loaders read:
-    `{head}.{layer}.linear.weight|bias`, `{head}.{num_layers}.weight`, and `token_map` when truncated.
+class DraftHeads(nn.ModuleList):
+    """What every kind of heads shares: K heads that end in a vocabulary matrix, their own, the LM head or truncated.
+
+    A kind says how a head's features come about; `sees_path` tells whether from the hidden state alone, or also from
+    the tokens between that state and the token to guess (medusa/hydra.py).
     """
 
+    kind: ClassVar[str]
+    sees_path: ClassVar[bool]
     token_map: torch.Tensor
 
     def __init__(self, config: HeadsConfig, token_map: torch.Tensor | None = None) -> None:
-        super().__init__(_head(config) for _ in range(config.num_heads))
+        super().__init__(
+            nn.Sequential(*self._blocks(config, head), *_vocabulary_layer(config)) for head in range(config.num_heads)
+        )
         self.config = config
         if config.vocabulary == "truncated":
             self.register_buffer("token_map", _checked_token_map(config, token_map))
@@ -82,9 +88,14 @@ class MedusaHeads(nn.ModuleList):
             raise ValueError(f"a token map goes with vocabulary 'truncated', not {config.vocabulary!r}")
 
     @classmethod
+    def _blocks(cls, config: HeadsConfig, head: int) -> list[nn.Module]:
+        """The head's layers before its vocabulary matrix."""
+        raise NotImplementedError
+
+    @classmethod
     def initialised(
         cls, config: HeadsConfig, lm_head_weight: torch.Tensor, token_map: torch.Tensor | None = None
-    ) -> MedusaHeads:
+    ) -> Self:
         """Heads that start as the LM head: identity blocks and a copy of its rows (paper, section 2.1.1)."""
         heads = cls(config, token_map).to(lm_head_weight.device, lm_head_weight.dtype)
         if config.vocabulary != "shared":
@@ -93,15 +104,47 @@ class MedusaHeads(nn.ModuleList):
                 heads._layers(head)[-1].weight.data.copy_(rows)
         return heads
 
-    def features(self, head: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The head's own hidden state, before its vocabulary matrix: [..., d] -> [..., d]."""
-        for layer in range(self.config.num_layers):
-            hidden = self._layers(head)[layer](hidden)
-        return hidden
+    def features(self, head: int, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
+        """The head's own hidden state, before its vocabulary matrix: [..., d] -> [..., d]. Heads with `sees_path` need
+        `ahead` [..., >= head + 1, d], the embeddings of the tokens after `hidden`'s."""
+        raise NotImplementedError
 
     def vocabulary_weight(self, head: int, lm_head_weight: torch.Tensor) -> torch.Tensor:
         """The matrix [V or V_t, d] that turns the head's features into logits."""
         return lm_head_weight if self.config.vocabulary == "shared" else self._layers(head)[-1].weight
+
+    def best(
+        self, logits: torch.Tensor, width: int, cap: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `width` best tokens of a head's raw logits, best first: ids of the backbone's vocabulary, and
+        log-probabilities."""
+        if width > self.config.head_vocab_size:
+            raise ValueError(f"{width} guesses asked of heads over {self.config.head_vocab_size} tokens")
+        capped = cap(logits).float()
+        top = capped.topk(width, dim=-1)
+        ids = self.token_map[top.indices] if self.config.vocabulary == "truncated" else top.indices
+        return ids, top.values - capped.logsumexp(-1, keepdim=True)
+
+    def _layers(self, head: int) -> Any:
+        return self[head]
+
+
+class MedusaHeads(DraftHeads):
+    """K heads on the hidden state alone. As a module list of sequentials its state dict has the layout that Medusa's
+    loaders read: `{head}.{layer}.linear.weight|bias`, `{head}.{num_layers}.weight`, and `token_map` when truncated.
+    """
+
+    kind = "medusa"
+    sees_path = False
+
+    @classmethod
+    def _blocks(cls, config: HeadsConfig, head: int) -> list[nn.Module]:
+        return [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]
+
+    def features(self, head: int, hidden: torch.Tensor, ahead: torch.Tensor | None = None) -> torch.Tensor:
+        for layer in range(self.config.num_layers):
+            hidden = self._layers(head)[layer](hidden)
+        return hidden
 
     def logits(
         self, hidden: torch.Tensor, lm_head_weight: torch.Tensor, num_heads: int | None = None
@@ -126,28 +169,14 @@ class MedusaHeads(nn.ModuleList):
         Both are [B, K, S]. `cap` is the backbone's logit scale and soft-cap (`Backbone.cap`). `num_heads` asks the
         first heads only.
         """
-        if width > self.config.head_vocab_size:
-            raise ValueError(f"{width} guesses asked of heads over {self.config.head_vocab_size} tokens")
-        token_ids, logprobs = [], []
-        for logits in self.logits(hidden_Bd, lm_head_weight, num_heads):
-            capped = cap(logits).float()
-            top = capped.topk(width, dim=-1)
-            logprobs.append(top.values - capped.logsumexp(-1, keepdim=True))
-            token_ids.append(top.indices)
-        ids_BKS = torch.stack(token_ids, 1)
-        if self.config.vocabulary == "truncated":
-            ids_BKS = self.token_map[ids_BKS]
-        return ids_BKS, torch.stack(logprobs, 1)
-
-    def _layers(self, head: int) -> Any:
-        return self[head]
+        best = [self.best(logits, width, cap) for logits in self.logits(hidden_Bd, lm_head_weight, num_heads)]
+        return torch.stack([ids for ids, _ in best], 1), torch.stack([logprobs for _, logprobs in best], 1)
 
 
-def _head(config: HeadsConfig) -> nn.Sequential:
-    blocks: list[nn.Module] = [ResidualBlock(config.hidden_size) for _ in range(config.num_layers)]
-    if config.vocabulary != "shared":
-        blocks.append(nn.Linear(config.hidden_size, config.head_vocab_size, bias=False))
-    return nn.Sequential(*blocks)
+def _vocabulary_layer(config: HeadsConfig) -> list[nn.Module]:
+    if config.vocabulary == "shared":
+        return []
+    return [nn.Linear(config.hidden_size, config.head_vocab_size, bias=False)]
 
 
 def _checked_token_map(config: HeadsConfig, token_map: torch.Tensor | None) -> torch.Tensor:

@@ -174,8 +174,16 @@ class Backbone:
     @torch.no_grad()
     def hidden_states(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Plain causal forward: what the LM head reads, [B, T, d]. Padding on the right changes nothing before it."""
+        return self.trainable_hidden_states(input_ids_BT)
+
+    def trainable_hidden_states(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`hidden_states` with whatever gradient the weights ask for. Positions that restart within a row separate
+        packed sequences: transformers masks attention between them."""
         self._use(_plain_attention(self.config))
-        return self.model.base_model(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        output = self.model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
+        return output.last_hidden_state
 
     @torch.no_grad()
     def tree_hidden_states(
@@ -190,6 +198,17 @@ class Backbone:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., d] -> [..., V], as the model's own forward gives them."""
         return self.cap(self.model.get_output_embeddings()(hidden))
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The input embeddings, [...] -> [..., d]. Raises UnsupportedModelError where they have another size than the
+        hidden states."""
+        embedded: torch.Tensor = self.model.get_input_embeddings()(token_ids)
+        if embedded.shape[-1] != self.hidden_size:
+            raise UnsupportedModelError(
+                f"{self.config.model_type} has embeddings of size {embedded.shape[-1]} and hidden states of size "
+                f"{self.hidden_size}; heads that see embeddings need one size"
+            )
+        return embedded
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """The model's logit scale and final soft-cap, for the LM head's and the heads' raw logits alike."""

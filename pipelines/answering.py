@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Literal
 from medusa.config import strict
 from medusa.loops import LoopFinder
 from medusa.sampling import SamplingParams
-from medusa.tokenizer import ChatTemplateError
+from medusa.tokenizer import ChatTemplateError, ChatTokenizer
 
 if TYPE_CHECKING:
     from medusa import Engine, Output
@@ -164,8 +164,7 @@ class Answerer:
             last = conversation.turns[-1]
             message = prompt.turns[len(conversation.turns)]
             return tokenizer.next_turn([*last.prompt_ids, *last.completion_ids], message)
-        system = [{"role": "system", "content": prompt.system}] if prompt.system else []
-        return tokenizer.encode_chat([*system, {"role": "user", "content": prompt.turns[0]}])
+        return first_prompt(tokenizer, prompt)
 
     def _receive(self, output: Output) -> bool:
         """Takes a reply's new tokens; true if its conversation is over."""
@@ -195,6 +194,12 @@ class Answerer:
                 conversation.end()
             else:
                 self._waiting.appendleft(conversation)
+
+
+def first_prompt(tokenizer: ChatTokenizer, prompt: Prompt) -> list[int]:
+    """What the model reads before its first reply."""
+    system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+    return tokenizer.encode_chat([*system, {"role": "user", "content": prompt.turns[0]}])
 
 
 def reply_seed(run_seed: int, conversation_id: str, turn: int) -> int:

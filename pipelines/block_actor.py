@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,7 +33,8 @@ class WorkerDiedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class BlockReport:
-    """What an actor tells of a block that it has put in place. `replies_stepped` / `steps` is its mean batch."""
+    """What an actor tells of a block that it has put in place. `replies_stepped` / `steps` is its mean batch;
+    `started` and `ended` are seconds of the system's clock."""
 
     block: int
     conversations: int
@@ -42,6 +44,8 @@ class BlockReport:
     tokens: int
     steps: int
     replies_stepped: int
+    started: float
+    ended: float
 
 
 def block_task(block: int, file: Path, prompts: Sequence[Prompt]) -> pa.Table:
@@ -65,6 +69,7 @@ class BlockActor:
 
     def _answer(self, block: int, file: Path, prompts: Sequence[Prompt]) -> BlockReport:
         self._count_attempt(block)
+        started = time.time()
         conversations = self._answerer.answer(prompts)
         write_block(file, self._work, conversations)
         failed = [c for c in conversations if c.outcome == "failed"]
@@ -78,6 +83,8 @@ class BlockActor:
             tokens=sum(len(turn.completion_ids) for c in conversations for turn in c.turns),
             steps=steps,
             replies_stepped=replies_stepped,
+            started=started,
+            ended=time.time(),
         )
 
     def _count_attempt(self, block: int) -> None:

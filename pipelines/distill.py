@@ -2,6 +2,7 @@
 
     <step dir>/data/block-00000.parquet ...   the distilled table (pipelines/distilled.py)
     <step dir>/failed.jsonl                   conversations without one usable turn, each with the reason
+    <step dir>/incomplete.jsonl               those that were skipped or ended before their last turn, likewise
 
 Exactly once. The prompt table is cut into blocks of `rows_per_block` conversations, and block i is the file
 of number i: an actor answers a block whole, all turns of its conversations, and moves the finished file into
@@ -18,22 +19,26 @@ engine's batch is filled from the next block while the last replies of the one b
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
 import ray
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from medusa import Engine
+from medusa.checkpoint import CheckpointMismatchError, read_meta
 from medusa.config import strict, to_dict
 from medusa.model import model_directory, weights_digest
 from medusa.tokenizer import ChatTokenizer
@@ -51,6 +56,8 @@ if TYPE_CHECKING:
 STEP_VERSION = 1
 DATA = "data"
 FAILED = "failed.jsonl"
+INCOMPLETE = "incomplete.jsonl"
+CHAMPION = "champion"
 WORK = ".work"  # unfinished files and attempts; hidden, so that it is no output of the step
 
 
@@ -63,14 +70,17 @@ class DistillError(RuntimeError):
 class DistillConfig(ReplyConfig):
     """How replies are sampled (ReplyConfig), and on what.
 
-    `num_actors` null: one a GPU of the cluster as it is, or one if there is none. `gpus_per_actor` null: 1
-    where there are GPUs. `heads` is a Medusa checkpoint of this backbone, which makes it faster and changes
-    no token (in float32). The run stops when more than `max_failed` of all conversations fail, or when a
-    block has ended its worker `max_attempts` times.
+    `num_actors` null: one a GPU of the cluster as it is, or one if there is none; 0: in this process, without
+    Ray. `gpus_per_actor` null: 1 where there are GPUs. `heads` is a Medusa checkpoint of this backbone, an
+    earlier version's perhaps, which makes it faster and changes no token (in float32); in a pipeline "champion"
+    is the registry's. `speculation` is then as the engine has it: "auto", "off" or a tree size. The run stops
+    when more than `max_failed` of all conversations fail, or when a block has ended its worker `max_attempts`
+    times.
     """
 
     rows_per_block: int = 64
     heads: str | None = None
+    speculation: Literal["auto", "off"] | int = "auto"
     num_actors: int | None = None
     gpus_per_actor: float | None = None
     cpus_per_actor: float = 1.0
@@ -85,8 +95,10 @@ class DistillConfig(ReplyConfig):
         for name in ("rows_per_block", "max_batch_size", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.num_actors is not None and self.num_actors < 1:
-            raise ValueError(f"num_actors must be at least 1, or null to go by the cluster, got {self.num_actors}")
+        if self.num_actors is not None and self.num_actors < 0:
+            raise ValueError(
+                f"num_actors must be 0 (this process) or more, or null to go by the cluster, got {self.num_actors}"
+            )
         if not 0 <= self.max_failed <= 1:
             raise ValueError(f"max_failed is a fraction from 0 to 1, got {self.max_failed}")
 
@@ -109,26 +121,28 @@ def distill(
     *,
     build_engine: Callable[[], Engine] | None = None,
 ) -> StepOutput:
-    """Runs the step, or what is left of it, on the Ray that is initialised. `build_engine` makes an actor's
-    engine; by default it is the model of the context.
+    """Runs the step, or what is left of it, on the Ray that is initialised, unless `num_actors` is 0.
+    `build_engine` makes an actor's engine; by default it is the model of the context.
     """
     conversations = load_prompts(prompts)
     size = config.rows_per_block
     blocks = [conversations[start : start + size] for start in range(0, len(conversations), size)]
     inputs = {"prompts": _digest(prompts), **_model_digests(context.model)}
+    _check_heads(config.heads, inputs["backbone"], context.model.backbone)
     with (
         open_step(context.root, "distill", STEP_VERSION, config.meaning, inputs) as step,
         context.tracker.step(step) as log,
     ):
         if step.complete:
             return step.output
-        run = Run(step, config, blocks, build_engine or _engine_builder(context.model, config), context.console)
+        run = Run(step, config, blocks, build_engine or engine_builder(context.model, config), context.console)
         stepping = run.answer_missing()
         account = account_for(step.path / DATA, blocks)
-        _write_failed(step.path / FAILED, account.failures)
+        _write_lines(step.path / FAILED, account.failures)
+        _write_lines(step.path / INCOMPLETE, account.incomplete)
         manifest = account.manifest()
         log.log_metrics({**manifest["counts"], "rows": account.rows, "completion_tokens": account.completion_tokens})
-        return step.commit({**manifest, "stepping": stepping}, outputs=[DATA, FAILED])
+        return step.commit({**manifest, "stepping": stepping}, outputs=[DATA, FAILED, INCOMPLETE])
 
 
 class Run:
@@ -150,16 +164,18 @@ class Run:
         self._files = {block_path(step.path / DATA, number): block for number, block in enumerate(blocks)}
         self._total = sum(map(len, blocks))
 
-    def answer_missing(self) -> dict[str, int]:
-        """Answers the blocks whose file is missing. Returns this run's engine steps, and the replies under way
-        summed over them.
+    def answer_missing(self) -> dict[str, float]:
+        """Answers the blocks whose file is missing. Returns this run's engine steps, the replies under way summed over
+        them (their ratio is the mean batch), the reply tokens they gave, and the seconds from the first block's start
+        to the last one's end.
         """
         shutil.rmtree(self._path / WORK, ignore_errors=True)
         for folder in (self._path / DATA, self._path / WORK):
             folder.mkdir(exist_ok=True)
         done = [file for file in self._files if file.exists()]
         failed = sum(ending["outcome"] == "failed" for file in done for ending in read_endings(file))
-        stepping = {"steps": 0, "replies_stepped": 0}
+        stepping: dict[str, float] = {"steps": 0, "replies_stepped": 0, "tokens": 0, "seconds": 0.0}
+        first_start, last_end = math.inf, 0.0
         with _progress(self._console, self._total, sum(len(self._files[file]) for file in done)) as advance:
             for report in self._reports([file for file in self._files if file not in set(done)]):
                 self._step.ensure_held()  # else the rest would be answered for nothing
@@ -167,15 +183,30 @@ class Run:
                 self._check_failures(failed, report)
                 stepping["steps"] += report.steps
                 stepping["replies_stepped"] += report.replies_stepped
+                stepping["tokens"] += report.tokens
+                first_start, last_end = min(first_start, report.started), max(last_end, report.ended)
+                stepping["seconds"] = last_end - first_start
                 advance(report)
         return stepping
 
     def _reports(self, missing: Sequence[Path]) -> Iterator[BlockReport]:
-        """Runs the actors over the blocks, in the order in which they come to be done."""
-        if not missing:
-            return
+        """Answers the blocks, in the order in which they come to be done."""
         numbers = {file: number for number, file in enumerate(self._files)}
         tasks = [block_task(numbers[file], file, self._files[file]) for file in missing]
+        if not tasks:
+            return
+        rows = self._rows_here(tasks) if self._config.num_actors == 0 else self._rows_on_ray(tasks)
+        for row in rows:
+            yield BlockReport(**row)
+
+    def _rows_here(self, tasks: Sequence[pa.Table]) -> Iterator[dict[str, Any]]:
+        """One actor as a plain object, called by as many threads as Ray Data would use."""
+        actor = BlockActor(self._build_engine, self._config, self._path / WORK, self._config.max_attempts)
+        with ThreadPoolExecutor(self._config.blocks_in_flight, thread_name_prefix="block") as pool:
+            for done in as_completed([pool.submit(actor, task) for task in tasks]):
+                yield from done.result().to_pylist()
+
+    def _rows_on_ray(self, tasks: Sequence[pa.Table]) -> Iterator[dict[str, Any]]:
         config = self._config
         num_actors, gpus_per_actor = _placement(config)
         if not _fits_a_node(config.cpus_per_actor, gpus_per_actor):
@@ -203,8 +234,7 @@ class Run:
             },
         )
         dataset.context.enable_progress_bars = False
-        for row in dataset.iter_rows():
-            yield BlockReport(**row)
+        yield from dataset.iter_rows()
 
     def _check_failures(self, failed: int, report: BlockReport) -> None:
         if failed > self._config.max_failed * self._total:
@@ -251,17 +281,31 @@ def _fits_a_node(cpus: float, gpus: float) -> bool:
     return any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes)
 
 
-def _engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], Engine]:
+def engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], Engine]:
+    """What makes an actor's engine, in whatever process it is called."""
     return partial(
         Engine.from_pretrained,
         model.backbone,
-        config.heads,
+        None if config.heads is None else str(Path(config.heads).resolve()),  # workers have another folder
         device=model.device,
         dtype=None if model.dtype is None else getattr(torch, model.dtype),
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,
         kv_cache_gb=config.kv_cache_gb,
+        speculation=config.speculation,
     )
+
+
+def _check_heads(heads: str | None, backbone_digest: str, backbone: str) -> None:
+    """Before any actor starts: each of them would only say the same."""
+    if heads is None:
+        return
+    reference = read_meta(Path(heads)).backbone
+    if reference.weights_digest != backbone_digest:
+        raise CheckpointMismatchError(
+            f"distill.heads={heads} belongs to {reference.name} ({reference.weights_digest}), but the backbone is "
+            f"{backbone} ({backbone_digest}); give heads of this backbone, or null"
+        )
 
 
 def _model_digests(model: ModelConfig) -> dict[str, str]:
@@ -274,7 +318,7 @@ def _digest(prompts: StepOutput | Path) -> str:
     return prompts.digest if isinstance(prompts, StepOutput) else file_digest(Path(prompts))
 
 
-def _write_failed(path: Path, failures: Sequence[dict[str, str]]) -> None:
+def _write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
     unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text("".join(json.dumps(failure) + "\n" for failure in failures))
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(unfinished, path)

@@ -42,12 +42,16 @@ class DistilledTableError(RuntimeError):
 
 @dataclass
 class Account:
-    """What became of the conversations, input = written + skipped + failed, and their rows."""
+    """What became of the conversations, input = written + skipped + failed, and their rows.
+
+    `failures` and `incomplete` (skipped, or written without their last turns) name each conversation and its reason.
+    """
 
     input: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     reasons: dict[str, Counter[str]] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
+    incomplete: list[dict[str, str]] = field(default_factory=list)
     rows: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -152,6 +156,8 @@ def _add(account: Account, table: pa.Table, endings: Sequence[dict[str, str]], n
             account.outcomes[ending["outcome"]] += 1
         if ending["outcome"] == "failed":
             account.failures.append({key: ending[key] for key in ("id", "reason", "detail")})
+        else:
+            account.incomplete.append({**ending, "outcome": kind})
     account.rows += table.num_rows
     account.prompt_tokens += len(table["prompt_ids"].combine_chunks().flatten())
     account.completion_tokens += len(table["completion_ids"].combine_chunks().flatten())

@@ -9,19 +9,24 @@ pipelines/bench.py does the measuring.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medusa import Completion, StepTimes
+from medusa.adapter import write_merged
+from medusa.checkpoint import ADAPTER, read_meta
 from medusa.config import strict, to_dict
 from medusa.digests import directory_digest
+from medusa.model import model_directory
 from medusa.tokenizer import ChatTokenizer
 from pipelines.artifact import StepOutput, open_step
-from pipelines.bench import Bench, BenchConfig, EvaluationPrompt
+from pipelines.bench import Bench, BenchConfig, EvaluateError, EvaluationPrompt
 from pipelines.calibrate import CHECKPOINT, load_calibration
 from pipelines.prompts import PromptsConfig, prepare_prompts
+from pipelines.quality import gate_fields
 from registry.gate import EvaluationSummary, Measurement
 
 if TYPE_CHECKING:
@@ -41,13 +46,24 @@ class EvaluateConfig(BenchConfig):
 
 
 def evaluate(
-    context: RunContext, config: EvaluateConfig, calibrated: StepOutput, champion: Path | None = None
+    context: RunContext,
+    config: EvaluateConfig,
+    calibrated: StepOutput,
+    champion: Path | None = None,
+    quality: StepOutput | None = None,
+    base: RunContext | None = None,
 ) -> StepOutput:
-    """Runs the step on the calibrated checkpoint, and on the current champion's folder where there is one."""
+    """Runs the step on the calibrated checkpoint, and on the current champion's folder where there is one.
+
+    Where training changed the backbone, `context` names the changed one, `base` the one before, and `quality` is the
+    quality step's output. A champion is measured on the backbone that it belongs to.
+    """
     prompts = prepare_prompts(context, config.prompts)
     inputs = {"calibrate": calibrated.digest, "prompts": prompts.digest}
     if champion is not None:
         inputs["champion"] = directory_digest(champion)
+    if quality is not None:
+        inputs["quality"] = quality.digest
     with (
         open_step(context.root, "evaluate", STEP_VERSION, config, inputs) as step,
         context.tracker.step(step) as log,
@@ -59,12 +75,41 @@ def evaluate(
         candidate, replies = bench.measure(calibrated.path / CHECKPOINT, times)
         rival = None
         if champion is not None and inputs["champion"] != candidate.checkpoint_digest:
-            rival, _ = bench.measure(champion, times)
-        summary = EvaluationSummary(**{**vars(candidate), "champion": rival})
+            its_context = context_of(champion, context, base or context)
+            its_bench = bench if its_context is context else Bench(its_context, config, prompts)
+            rival, _ = its_bench.measure(champion, times)
+        of_model = {} if quality is None else gate_fields(quality)
+        summary = EvaluationSummary(**{**vars(candidate), **of_model, "champion": rival})
         (step.path / EVALUATION).write_text(json.dumps(to_dict(summary), indent=2) + "\n")
         _write_replies(step.path / REPLIES, bench.prompts, replies, bench.tokenizer)
         log.log_metrics(_metrics(candidate))
         return step.commit({"counts": {"prompts": len(bench.prompts), "too_long": bench.too_long}})
+
+
+def context_of(checkpoint: Path, *contexts: RunContext) -> RunContext:
+    """The context, of these, whose backbone a checkpoint's heads run on; a base with the adapter merged, if need be.
+
+    EvaluateError where it is none of them.
+    """
+    meta = read_meta(checkpoint)
+    for context in contexts:
+        if context.backbone.digest == meta.backbone.weights_digest:
+            return context
+    for context in contexts:
+        if meta.adapter is not None and context.backbone.digest == meta.adapter.base.weights_digest:
+            return replace(context, model=replace(context.model, backbone=str(_merged(checkpoint, context))))
+    raise EvaluateError(
+        f"the champion {checkpoint} runs on {meta.backbone.name} ({meta.backbone.weights_digest}), which is neither "
+        "the base of this pipeline nor the model it trained; measure the two by hand, or give this one another "
+        "register.name"
+    )
+
+
+def _merged(checkpoint: Path, context: RunContext) -> Path:
+    merged = checkpoint.with_name(f"{checkpoint.name}-backbone")
+    shutil.rmtree(merged, ignore_errors=True)  # what an interrupted run left may be half a model
+    write_merged(model_directory(context.model.backbone), checkpoint / ADAPTER, merged)
+    return merged
 
 
 def _write_replies(

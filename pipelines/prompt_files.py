@@ -1,15 +1,10 @@
-"""Reading prompts: whatever a user has, normalised to conversations of the user's turns.
+"""Reading prompts: whatever a user has, as rows for pipelines/prompt_rows.py; a row that is none is kept aside.
 
-Read are JSON lines (also .gz), a JSON array, plain text (a prompt a line) and parquet, with rows of any of
-these shapes, each with or without "id", "system" and "category":
+    a file      .jsonl, .json (an array), .txt (a prompt a line), each also .gz; .parquet; .arrow
+    a folder    of Hugging Face datasets (save_to_disk, or a snapshot of its repository), or of such files
+    a pattern   such as "ultrachat/data/train_sft-*.parquet"
 
-    {"messages": [{"role": "user", "content": "..."}, ...]}           OpenAI's
-    {"conversations": [{"from": "human", "value": "..."}, ...]}       ShareGPT's
-    {"turns": ["...", "..."]}                                         MT-bench's
-    {"prompt": "..."}
-
-Replies in the source are left out: the model answers each turn itself. A row without an id gets a hash of its
-content.
+FILES holds a reader for each kind of file.
 """
 
 from __future__ import annotations
@@ -17,85 +12,63 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from medusa.config import ConfigError
+from medusa.digests import file_sha256
+from pipelines.prompt_rows import EXAMPLE, Prompt, RowError, normalise
 
-ROLES = {"human": "user", "gpt": "assistant", "developer": "system"}
-_EXAMPLE = '{"messages": [{"role": "user", "content": "Hello"}]}'
+__all__ = [
+    "Prompt",
+    "PromptError",
+    "Rejected",
+    "RowError",
+    "drop_duplicates",
+    "file_digest",
+    "normalise",
+    "read_prompts",
+]
+
+_BATCH_ROWS = 1024
+_SPLIT_FILE = re.compile(r"(.+)-\d{5}-of-\d{5}\.parquet")
 
 
 class PromptError(ConfigError):
     """The prompts cannot be used as they are; the message says which file and line, and what to do."""
 
 
-class RowError(ValueError):
-    """This row alone cannot be used; the message is the reason it is kept aside with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """One conversation to be answered: the user's turns in order."""
-
-    id: str
-    turns: tuple[str, ...]
-    system: str | None = None
-    category: str | None = None
-
-    @property
-    def content_hash(self) -> str:
-        """Of what the model is asked: the same for equal questions, whatever their id and category."""
-        content = json.dumps([self.system, self.turns], ensure_ascii=False)
-        return hashlib.sha256(content.encode()).hexdigest()[:20]
-
-
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that was kept aside. `row` is the source text."""
+    """A row that was kept aside. `line` counts from 1 in `file`; `row` is the source text."""
 
     line: int
     reason: str
     row: str
+    file: str = ""
 
 
 def read_prompts(path: Path) -> tuple[list[Prompt], list[Rejected]]:
-    """Every row of a prompt file, and the rows that cannot be used; a file without rows is an error."""
-    if not path.is_file():
-        raise PromptError(f"{path}: no such prompt file (looked in {Path.cwd()})")
+    """Every row of a file, folder or pattern, and the rows that cannot be used; a source without rows is an error."""
     prompts: list[Prompt] = []
     rejected: list[Rejected] = []
-    for line, row in _source_rows(path):
-        try:
-            prompts.append(normalise(_parsed(row)))
-        except RowError as error:
-            rejected.append(Rejected(line, str(error), _printable(row)))
+    for file in source_files(path):
+        for line, row in _rows(file):
+            try:
+                prompts.append(normalise(_parsed(row)))
+            except RowError as error:
+                rejected.append(Rejected(line, str(error), _printable(row), file.name))
     if not prompts and not rejected:
-        raise PromptError(f"{path} is empty; it must hold at least one prompt, for example {_EXAMPLE}")
+        raise PromptError(f"{path} is empty; it must hold at least one prompt, for example {EXAMPLE}")
     return prompts, rejected
-
-
-def normalise(row: Any) -> Prompt:
-    """One row of any known shape as a Prompt; RowError tells why it is none."""
-    if not isinstance(row, dict):
-        raise RowError(f"a row is an object such as {_EXAMPLE}, got {type(row).__name__}")
-    system, turns = _turns(row)
-    if not turns:
-        raise RowError("no user turn; at least one message with role user is needed")
-    for number, turn in enumerate(turns, start=1):
-        if not turn.strip():
-            raise RowError(f"user turn {number} is empty")
-    category = row.get("category", row.get("source"))
-    prompt = Prompt(_identity(row.get("id")), tuple(turns), system, None if category is None else str(category))
-    for text in (prompt.id, *prompt.turns, system or "", prompt.category or ""):
-        if not _encodable(text):
-            raise RowError("the text holds half of a surrogate pair, which no tokenizer can read")
-    return prompt if prompt.id else replace(prompt, id=prompt.content_hash)
 
 
 def drop_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int]:
@@ -114,86 +87,67 @@ def drop_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int]:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a prompt file's bytes."""
-    if not path.is_file():
-        raise PromptError(f"{path}: no such prompt file (looked in {Path.cwd()})")
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    """sha256 of a prompt file's bytes; of several files, over their names and digests."""
+    files = source_files(path)
+    if files == [path]:
+        return f"sha256:{file_sha256(path)}"
+    lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
+    return f"sha256:{hashlib.sha256(lines.encode()).hexdigest()}"
 
 
-def _turns(row: dict[str, Any]) -> tuple[str | None, list[str]]:
-    """The system message and the user's turns of a row."""
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise RowError(f"system must be text, got {type(system).__name__}")
-    if row.get("turns") is not None:
-        return system, [_text(turn) for turn in _list(row["turns"], "turns")]
-    if row.get("prompt") is not None:
-        return system, [_text(row["prompt"])]
-    for key in ("messages", "conversations"):
-        if row.get(key) is not None:
-            return _messages(system, _list(row[key], key))
-    raise RowError(f"none of messages, conversations, turns, prompt is there; the keys are {sorted(map(str, row))}")
+def source_files(path: Path) -> list[Path]:
+    """The files behind a path of the config, in the order in which they are read."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _folder_files(path)
+    if any(mark in str(path) for mark in "*?["):
+        found = sorted(file for file in _root_of(path).glob(_pattern_of(path)) if file.is_file())
+        if found:
+            return found
+        raise PromptError(f"{path}: no file has such a name (looked in {Path.cwd()})")
+    raise PromptError(f"{path}: no such prompt file (looked in {Path.cwd()})")
 
 
-def _messages(system: str | None, messages: list[Any]) -> tuple[str | None, list[str]]:
-    turns: list[str] = []
-    for position, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise RowError(f"message {position + 1} is {type(message).__name__}, not an object with role and content")
-        role = message.get("role", message.get("from"))
-        role = ROLES.get(role, role) if isinstance(role, str) else role
-        content = message.get("content", message.get("value"))
-        if role == "user":
-            turns.append(_text(content))
-        elif role == "system" and position == 0 and system is None:
-            system = _text(content)
-        elif role != "assistant":
-            raise RowError(f"message {position + 1} has role {role!r}; allowed are system (first), user, assistant")
-    return system, turns
+def _folder_files(folder: Path) -> list[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if len(splits) > 1:
+            raise PromptError(f"{folder} holds the splits {splits}; give one of them, such as {folder / splits[0]}")
+        return _folder_files(folder / splits[0])
+    if (folder / "state.json").is_file():
+        return [folder / file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
+    for suffix in (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".txt"):
+        files = sorted(file for file in folder.rglob(f"*{suffix}") if not file.name.startswith("."))
+        if files:
+            return _of_one_split(folder, files)
+    raise PromptError(f"{folder} holds no dataset and no file ending in .parquet, .arrow, .jsonl or .txt")
 
 
-def _text(content: Any) -> str:
-    """The text of a message: a string, or OpenAI's list of text parts."""
-    if isinstance(content, list) and content:
-        parts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        if len(parts) == len(content) and all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    if not isinstance(content, str):
-        raise RowError(f"content must be text, got {type(content).__name__}")
-    return content
+def _of_one_split(folder: Path, files: list[Path]) -> list[Path]:
+    splits = sorted({match[1] for file in files if (match := _SPLIT_FILE.fullmatch(file.name))})
+    if len(splits) > 1:
+        pattern = files[0].parent / f"{splits[-1]}-*.parquet"
+        raise PromptError(f"{folder} holds files of the splits {splits}; choose by a pattern, such as {pattern}")
+    return files
 
 
-def _list(value: Any, name: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise RowError(f"{name} must be a list, got {type(value).__name__}")
-    return value
+def _root_of(pattern: Path) -> Path:
+    return Path(pattern.anchor) if pattern.is_absolute() else Path()
 
 
-def _identity(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowError(f"id must be text or an integer, got {value!r}")
-    return str(value)
+def _pattern_of(pattern: Path) -> str:
+    return str(pattern.relative_to(pattern.anchor)) if pattern.is_absolute() else str(pattern)
 
 
-def _source_rows(path: Path) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(number from 1; the text, the bytes where they are no UTF-8, or the object) of every row."""
-    name = path.name.removesuffix(".gz")
+    read = FILES.get(Path(path.name.removesuffix(".gz")).suffix)
+    if read is None:
+        raise PromptError(f"{path}: expected a file ending in one of {', '.join(FILES)} (text also .gz), or a folder")
     try:
-        if name.endswith(".parquet"):
-            yield from enumerate(pq.read_table(path).to_pylist(), start=1)
-        elif name.endswith(".json"):
-            yield from enumerate(_json_array(path), start=1)
-        elif name.endswith(".jsonl"):
-            yield from _lines(path)
-        elif name.endswith(".txt"):
-            for number, line in _lines(path):
-                yield number, {"prompt": line} if isinstance(line, str) else line
-        else:
-            raise PromptError(f"{path}: expected a file ending in .jsonl, .json or .txt (each also .gz), or .parquet")
-    except (OSError, EOFError, pa.ArrowInvalid) as error:
+        yield from read(path)
+    except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
         raise PromptError(f"{path} cannot be read: {error}") from error
 
 
@@ -206,7 +160,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str | bytes]]:
                 yield number, _decoded(line)
 
 
-def _json_array(path: Path) -> list[Any]:
+def _plain_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        yield number, {"prompt": line} if isinstance(line, str) else line
+
+
+def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     try:
         rows = json.loads(raw)
@@ -214,7 +173,31 @@ def _json_array(path: Path) -> list[Any]:
         raise PromptError(f"{path} is not JSON: {error}; a file of one object a line is named .jsonl") from error
     if not isinstance(rows, list):
         raise PromptError(f"{path} must hold a JSON array of rows, got {type(rows).__name__}")
-    return rows
+    yield from enumerate(rows, start=1)
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    with pq.ParquetFile(path) as file:
+        yield from _numbered(file.iter_batches(_BATCH_ROWS))
+
+
+def _arrow(path: Path) -> Iterator[tuple[int, Any]]:
+    """The stream format that Hugging Face datasets are saved in."""
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as stream:
+        yield from _numbered(stream)
+
+
+def _numbered(batches: Iterable[pa.RecordBatch]) -> Iterator[tuple[int, Any]]:
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+FILES: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": _lines,
+    ".json": _json_array,
+    ".txt": _plain_lines,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
 
 
 def _parsed(row: Any) -> Any:
@@ -241,11 +224,3 @@ def _decoded(line: bytes) -> str | bytes:
         return line.decode()
     except UnicodeDecodeError:
         return line
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -2,7 +2,7 @@
 read.
 
 <step dir>/prompts.parquet    a row a conversation: id, turns (the user's, in order), system, category
-<step dir>/rejected.jsonl     the rows that could not be used, each with its line number and the reason
+<step dir>/rejected.jsonl     the rows that could not be used, each with its file, line number and the reason
 
 The manifest counts input = written + rejected + duplicates + other_part + excluded + beyond_limit.
 """
@@ -53,7 +53,7 @@ SCHEMA = pa.schema(
 @strict
 @dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Where prompts come from (`path` or `generator`) and which of them are taken.
+    """Where prompts come from (`path`, a file, folder or pattern, or `generator`) and which of them are taken.
 
     `heldout_fraction` of the rows, by a hash of their id alone, are the part "heldout", the others "train":
     two configs that differ in `part` share no id, whatever their seed and limit. Rows whose first turn stands

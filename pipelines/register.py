@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.checkpoint import CheckpointMeta, read_meta
 from medusa.config import ConfigError, strict
 from medusa.digests import directory_digest
+from medusa.model import model_directory, weights_digest
 from pipelines.artifact import StepOutput, open_step
 from pipelines.tracking import TrackingUnavailable
 from registry.connection import MlflowUnavailable, shown
@@ -89,12 +90,27 @@ def champion_folder(context: RunContext, config: RegisterConfig, checkpoint_path
         return registry.download(rival, context.root / CHAMPIONS_FOLDER / folder)
 
 
+def champion_for(context: RunContext, config: RegisterConfig, backbone: str) -> Path | None:
+    """The current champion's heads, downloaded, where they belong to exactly this backbone; None without such."""
+    if context.tracker.uri is None:
+        return None
+    with _or_try_again():
+        registry = Registry(context.tracker.uri)
+        champion = registry.champion(config.name or _name_for(backbone))
+        if champion is None:
+            return None
+        folder = context.root / CHAMPIONS_FOLDER / champion.digest.removeprefix("sha256:")[:16]
+        folder = registry.download(champion, folder)
+    return folder if read_meta(folder).backbone.weights_digest == weights_digest(model_directory(backbone)) else None
+
+
 def model_name(config: RegisterConfig, checkpoint_path: Path) -> str:
     """The registered model that a checkpoint belongs to."""
-    if config.name is not None:
-        return config.name
-    backbone = read_meta(checkpoint_path).backbone.name.rstrip("/").rpartition("/")[2]
-    return f"medusa-{re.sub(r'[^A-Za-z0-9._-]', '-', backbone)}"
+    return config.name or _name_for(read_meta(checkpoint_path).backbone.name)
+
+
+def _name_for(backbone: str) -> str:
+    return f"medusa-{re.sub(r'[^A-Za-z0-9._-]', '-', backbone.rstrip('/').rpartition('/')[2])}"
 
 
 def _rival(registry: Registry, name: str, candidate_digest: str) -> VersionRef | None:

@@ -18,14 +18,16 @@ from rich.console import Console
 from medusa.config import ConfigError, load_config, strict
 from medusa.model import Backbone
 from pipelines import progress
+from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
-from pipelines.distill import DistillConfig, distill
+from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
-from pipelines.register import RegisterConfig, champion_folder, register
+from pipelines.quality import QualityConfig, measure_quality
+from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.tracking import Tracker, TrackingConfig
-from pipelines.train import TrainConfig, train
+from pipelines.train import TrainConfig, train, trained_backbone
 
 T = TypeVar("T")
 Step = Literal["prompts", "distill", "train", "calibrate", "evaluate", "register"]
@@ -55,16 +57,21 @@ class ModelConfig:
 @strict
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """One pipeline: `root` holds its steps' folders, everything else is the config of a step."""
+    """One pipeline: `root` holds its steps' folders, everything else is the config of a step.
+
+    `heads` is a checkpoint folder that the train step takes as it is instead of training (pipelines/adopt.py).
+    """
 
     name: str
     root: str = "runs"
     model: ModelConfig
+    heads: str | None = None
     prompts: PromptsConfig
     distill: DistillConfig
     train: TrainConfig
     calibrate: CalibrateConfig
     evaluate: EvaluateConfig
+    quality: QualityConfig = field(default_factory=QualityConfig)
     register: RegisterConfig = field(default_factory=RegisterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -117,19 +124,40 @@ def run_pipeline(
         return outputs
 
 
+def _with_champion(context: RunContext, config: PipelineConfig) -> DistillConfig:
+    """distill.heads "champion" as the folder of today's champion, or none while there is no champion to use."""
+    if config.distill.heads != CHAMPION:
+        return config.distill
+    folder = champion_for(context, config.register, config.model.backbone)
+    return replace(config.distill, heads=None if folder is None else str(folder))
+
+
+def _serving(context: RunContext, trained: StepOutput) -> RunContext:
+    """With the backbone that the trained heads run on: the same, or the merged one of a joint training."""
+    backbone = trained_backbone(trained, context.model.backbone)
+    if backbone == context.model.backbone:
+        return context
+    return replace(context, model=replace(context.model, backbone=backbone))
+
+
 def _run_step(context: RunContext, config: PipelineConfig, step: Step, outputs: dict[Step, StepOutput]) -> StepOutput:
     match step:
         case "prompts":
             return prepare_prompts(context, config.prompts)
         case "distill":
-            return distill(context, config.distill, outputs["prompts"])
+            return distill(context, _with_champion(context, config), outputs["prompts"])
+        case "train" if config.heads is not None:
+            return adopt(context, Path(config.heads))
         case "train":
             return train(context, config.train, outputs["distill"])
         case "calibrate":
             held_back = config.train.validation_fraction
-            return calibrate(context, config.calibrate, outputs["train"], outputs["distill"], held_back)
+            served = _serving(context, outputs["train"])
+            return calibrate(served, config.calibrate, outputs["train"], outputs["distill"], held_back)
         case "evaluate":
             champion = champion_folder(context, config.register, outputs["calibrate"].path / CHECKPOINT)
-            return evaluate(context, config.evaluate, outputs["calibrate"], champion)
+            served = _serving(context, outputs["train"])
+            changed = None if served is context else measure_quality(context, served, config, outputs["distill"])
+            return evaluate(served, config.evaluate, outputs["calibrate"], champion, changed, base=context)
         case "register":
             return register(context, config.register, outputs["calibrate"].path / CHECKPOINT, outputs["evaluate"])

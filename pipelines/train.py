@@ -1,7 +1,9 @@
 """The train step: Medusa heads on the model's own replies, by Ray Train workers, resumed where it stopped.
 
-    <step dir>/checkpoint/     the heads (medusa/checkpoint.py)
-    <step dir>/metrics.jsonl   a record every `log_every` steps: losses and accuracies by head, rate, tokens/s
+    <step dir>/checkpoint/     the heads (medusa/checkpoint.py), with the adapter where the backbone learnt by LoRA
+    <step dir>/backbone/       Medusa-2: the model that the heads run on, merged; the later steps use it
+    <step dir>/metrics.jsonl   a record every `log_every` steps: losses and accuracies by head, rate, tokens/s, system
+    <step dir>/curves.png      the same drawn
     <step dir>/.ray/           Ray Train's own storage while the step runs: the trainer's states
 
 The run's name is the step's key, so a step that is run again goes on from Ray's last checkpoint, and a changed
@@ -17,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 import torch
@@ -31,11 +33,13 @@ from medusa.tokenizer import ChatTokenizer
 from medusa.training.batch import Row, fit_rows
 from medusa.training.schedule import TrainerConfig
 from pipelines.artifact import StepDir, StepOutput, open_step
+from pipelines.curves import CURVES, draw_curves
 from pipelines.distill import DATA
 from pipelines.journal import RunLog
 from pipelines.progress import Advance
 from pipelines.tracking import TrackingUnavailable
 from pipelines.train_worker import (
+    BACKBONE,
     CHECKPOINT,
     METRICS,
     STATES,
@@ -50,12 +54,20 @@ from pipelines.train_worker import (
 if TYPE_CHECKING:
     from pipelines.run import RunContext
 
-STEP_VERSION = 1
+STEP_VERSION = 2
 RAY = ".ray"
 _POLL_S, _TAIL_BYTES = 0.5, 1 << 16
 # What may change at a restart: it moves results by rounding at most.
-_NOT_IN_KEY = {"num_workers", "use_gpu", "cpus_per_worker", "max_failures"}
-_NOT_IN_TRAINER_KEY = {"micro_batch_size", "chunk_size", "hidden_cache_gib", "checkpoint_every"}
+_NOT_IN_KEY = {"num_workers", "use_gpu", "cpus_per_worker", "max_failures", "sharding"}
+_NOT_IN_TRAINER_KEY = {
+    "micro_batch_size",
+    "chunk_size",
+    "hidden_cache_gib",
+    "checkpoint_every",
+    "packing",
+    "activation_checkpointing",
+    "cross_entropy",
+}
 
 
 class TrainError(RuntimeError):
@@ -65,8 +77,10 @@ class TrainError(RuntimeError):
 @strict
 @dataclass(frozen=True, kw_only=True)
 class HeadsChoice:
-    """The heads to train; their sizes come from the backbone."""
+    """The heads to train; their sizes come from the backbone. `kind` "hydra": heads that see the tokens guessed before
+    them (medusa/hydra.py)."""
 
+    kind: Literal["medusa", "hydra"] = "medusa"
     num_heads: int = 4
     num_layers: int = 1
     vocabulary: Vocabulary = "own"
@@ -76,7 +90,8 @@ class HeadsChoice:
         self.on(hidden_size=1, vocab_size=self.truncated_vocab_size or 1)
 
     def on(self, hidden_size: int, vocab_size: int) -> HeadsConfig:
-        return HeadsConfig(hidden_size=hidden_size, vocab_size=vocab_size, **to_dict(self))
+        shape = {name: value for name, value in to_dict(self).items() if name != "kind"}
+        return HeadsConfig(hidden_size=hidden_size, vocab_size=vocab_size, **shape)
 
 
 @strict
@@ -85,7 +100,10 @@ class TrainConfig:
     """What is trained, how, and on how many workers.
 
     `num_workers` 0: in this process. `use_gpu` null: where there are GPUs. `validation_fraction` of the
-    conversations, chosen by id, is kept back for calibration. A worker that dies `max_failures` times ends the run.
+    conversations, chosen by id, is kept back for calibration, and `validation_rows` of their rows at most are measured
+    every `validate_every` steps (0: never). A worker that dies `max_failures` times ends the run.
+    `quantization` freezes a backbone of 8 or 4 bits (Medusa-1 only; needs bitsandbytes). `sharding` "fsdp" splits
+    model, heads and optimiser over the workers, where one GPU does not hold them; "ddp" gives each its own.
     """
 
     heads: HeadsChoice = field(default_factory=HeadsChoice)
@@ -94,6 +112,10 @@ class TrainConfig:
     use_gpu: bool | None = None
     cpus_per_worker: float = 1.0
     validation_fraction: float = 0.05
+    validate_every: int = 0
+    validation_rows: int = 256
+    quantization: Literal["8bit", "4bit"] | None = None
+    sharding: Literal["ddp", "fsdp"] = "ddp"
     max_failures: int = 3
 
     def __post_init__(self) -> None:
@@ -104,6 +126,16 @@ class TrainConfig:
             )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be from 0 to below 1, got {self.validation_fraction}")
+        if self.validate_every < 0 or self.validation_rows < 1:
+            raise ValueError(
+                f"validate_every must be 0 or more and validation_rows at least 1, got {self.validate_every} and "
+                f"{self.validation_rows}"
+            )
+        if self.quantization is not None and self.trainer.joint is not None:
+            raise ValueError(
+                f"quantization is {self.quantization} in joint training, whose teacher would then be the quantised "
+                "model; set quantization to null"
+            )
 
     @property
     def meaning(self) -> dict[str, Any]:
@@ -158,7 +190,10 @@ def train(
             outcome = train_here(job) if config.num_workers == 0 else _fit(job)
         if outcome.failure is not None:
             raise TrainError(outcome.failure)
+        draw_curves(read_records(step.path / METRICS), step.path / CURVES)
         output = _commit(step, outcome, counts)
+        log.log_artifact(step.path / CHECKPOINT, CHECKPOINT)
+        log.log_artifact(step.path / CURVES)
         for folder in (RAY, STATES):
             shutil.rmtree(step.path / folder, ignore_errors=True)
         return output
@@ -170,11 +205,11 @@ def _fitted_rows(table: Path, config: TrainConfig) -> tuple[list[Row], dict[str,
     rows, counts = fit_rows(read, config.trainer.max_length)
     if not rows:
         raise TrainError(
-            f"{table} gives nothing to learn: {held_back} rows kept back (validation_fraction "
+            f"{table} gives nothing to learn: {len(held_back)} rows kept back (validation_fraction "
             f"{config.validation_fraction}), {counts.without_labels} without a label within max_length "
             f"{config.trainer.max_length}; distil more or longer replies"
         )
-    return rows, {**asdict(counts), "held_back": held_back}
+    return rows, {**asdict(counts), "held_back": len(held_back)}
 
 
 def _as_seen_by_workers(backbone: str) -> str:
@@ -247,7 +282,14 @@ def _provenance(context: RunContext, config: TrainConfig, distilled: StepOutput,
 def _commit(step: StepDir, outcome: TrainOutcome, counts: dict[str, int]) -> StepOutput:
     last = read_records(step.path / METRICS)[-1]
     told = {"counts": counts, "training": {**asdict(outcome), "last_record": last}}
-    return step.commit(told, outputs=[CHECKPOINT, METRICS])
+    made = [name for name in (CHECKPOINT, METRICS, BACKBONE) if (step.path / name).exists()]
+    return step.commit(told, outputs=made)
+
+
+def trained_backbone(trained: StepOutput, base: str) -> str:
+    """The model that the trained heads run on: the merged one of a joint training, else the base."""
+    merged = trained.path / BACKBONE
+    return str(merged) if merged.is_dir() else base
 
 
 def _last_step(metrics: Path) -> int:

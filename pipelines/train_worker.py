@@ -7,6 +7,7 @@ the checkpoint's step before it goes on: each step is there once.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,16 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import psutil
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from medusa.checkpoint import BackboneRef, CheckpointMeta, save_checkpoint
-from medusa.heads import MedusaHeads
-from medusa.model import Backbone
-from medusa.training.batch import Row
+from medusa.adapter import write_merged
+from medusa.checkpoint import HEADS, AdapterRef, BackboneRef, CheckpointMeta, save_checkpoint
+from medusa.digests import directory_digest
+from medusa.model import Backbone, model_directory, weights_digest
+from medusa.training.adaptation import LoraAdaptation
+from medusa.training.batch import Row, fit_rows
+from medusa.training.quantisation import quantise
+from medusa.training.sharding import shard
 from medusa.training.trainer import NonFiniteLossError, Trainer
 from pipelines.journal import RunLog
 from pipelines.split import is_held_back
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
     from pipelines.train import TrainConfig
 
 METRICS = "metrics.jsonl"
-CHECKPOINT = "checkpoint"
+CHECKPOINT, BACKBONE, ADAPTER = "checkpoint", "backbone", ".adapter"
 STATE, STATES = "state", ".states"
 
 
@@ -83,7 +89,8 @@ def train_on_ray(job_config: Mapping[str, Any]) -> TrainOutcome:
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     if not job.use_gpu:
         torch.set_num_threads(max(int(job.config.cpus_per_worker), 1))
-    trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=_distributed)
+    wrap = shard if job.config.sharding == "fsdp" else _distributed
+    trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=wrap)
     return run_training(job, trainer, RayCheckpoints(rank), leads=rank == 0)
 
 
@@ -106,7 +113,9 @@ def build_trainer(
     backbone = Backbone.from_pretrained(job.backbone, dtype=dtype, device=device)
     config = job.config.heads.on(backbone.hidden_size, backbone.vocab_size)
     token_map = None if job.token_map is None else torch.tensor(job.token_map)
-    heads = MedusaHeads.initialised(config, backbone.lm_head_weight, token_map)
+    heads = HEADS[job.config.heads.kind].initialised(config, backbone.lm_head_weight, token_map)
+    if job.config.quantization is not None:
+        quantise(backbone.model, job.config.quantization)
     rows, _ = read_rows(job.table, job.config.validation_fraction)
     wrap = wrap if world_size > 1 else lambda module: module
     return Trainer(backbone, heads, rows, job.config.trainer, rank=rank, world_size=world_size, wrap=wrap)
@@ -117,6 +126,7 @@ def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, l
     config = job.config.trainer
     checkpoints.restore(trainer)
     recorder = Recorder(job, trainer) if leads else None
+    validation = validation_rows(job) if job.config.validate_every else []
     try:
         while not trainer.finished:
             metrics = trainer.train_step(trainer.next_batches())
@@ -124,43 +134,80 @@ def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, l
                 job.on_step(metrics.step)
             if metrics.step % config.log_every == 0 or trainer.finished:
                 record = trainer.take_record(metrics)
+                if validation and (metrics.step % job.config.validate_every == 0 or trainer.finished):
+                    measured = trainer.validate(validation)
+                    record |= {f"validation/{name}": value for name, value in measured.items()}
                 if recorder is not None:
                     recorder.write(record)
             if metrics.step % config.checkpoint_every == 0 or trainer.finished:
                 checkpoints.save(trainer)
     except NonFiniteLossError as error:
         return TrainOutcome(trainer.step, trainer.tokens_seen, str(error))
+    weights = trainer.whole_weights(keep=leads)
     if leads:
-        save_heads(job, trainer)
+        save_heads(job, trainer, weights)
     return TrainOutcome(trainer.step, trainer.tokens_seen)
 
 
-def read_rows(table: Path, held_back: float) -> tuple[list[Row], int]:
-    """The rows to train on, by (id, turn), and how many were kept back."""
+def read_rows(table: Path, held_back: float) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those that are kept back, each by (id, turn)."""
     columns = ["id", "turn", "prompt_ids", "completion_ids"]
     rows = pq.read_table(table, columns=columns).sort_by([("id", "ascending"), ("turn", "ascending")])
-    trained = [
-        Row.of(prompt.values.to_numpy(), completion.values.to_numpy())
-        for id_, prompt, completion in zip(
-            rows["id"].to_pylist(), rows["prompt_ids"], rows["completion_ids"], strict=True
-        )
-        if not is_held_back(id_, held_back)
-    ]
-    return trained, rows.num_rows - len(trained)
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for id_, prompt, completion in zip(rows["id"].to_pylist(), rows["prompt_ids"], rows["completion_ids"], strict=True):
+        row = Row.of(prompt.values.to_numpy(), completion.values.to_numpy())
+        parts[is_held_back(id_, held_back)].append(row)
+    return parts
 
 
-def save_heads(job: TrainJob, trainer: Trainer) -> None:
-    """The Medusa checkpoint, in the backbone's dtype; one that an interrupted run left is replaced."""
-    backbone = trainer.backbone
-    reference = BackboneRef(name=backbone.name, weights_digest=backbone.digest, tokenizer_digest=job.tokenizer_digest)
+def validation_rows(job: TrainJob) -> list[Row]:
+    """Of the rows kept back, the first that fit; the same for every worker."""
+    _, kept_back = read_rows(job.table, job.config.validation_fraction)
+    fitting, _ = fit_rows(kept_back, job.config.trainer.max_length)
+    return fitting[: job.config.validation_rows]
+
+
+def save_heads(job: TrainJob, trainer: Trainer, weights: Mapping[str, Tensor]) -> None:
+    """The Medusa checkpoint, in the base's dtype, and the merged backbone of a joint training; what an interrupted run
+    left is replaced."""
+    for folder in (CHECKPOINT, BACKBONE, ADAPTER):
+        shutil.rmtree(job.step_folder / folder, ignore_errors=True)
+    base_folder = model_directory(job.backbone)
+    base = BackboneRef(
+        name=trainer.backbone.name, weights_digest=weights_digest(base_folder), tokenizer_digest=job.tokenizer_digest
+    )
+    of_model = {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
+    backbone, adapter = save_backbone(job, trainer, base_folder, base, of_model)
     training = {**job.training, "steps": trainer.step, "tokens": trainer.tokens_seen}
-    meta = CheckpointMeta(heads=trainer.heads.config, backbone=reference, training=training)
-    shutil.rmtree(job.step_folder / CHECKPOINT, ignore_errors=True)
-    save_checkpoint(job.step_folder / CHECKPOINT, trainer.heads.to(backbone.dtype), meta)
+    meta = CheckpointMeta.of(trainer.heads, backbone, adapter=adapter, training=training)
+    adapter_folder = None if adapter is None else job.step_folder / ADAPTER
+    heads = trainer.trained_heads(dict(weights))
+    save_checkpoint(job.step_folder / CHECKPOINT, heads, meta, adapter=adapter_folder)
+    shutil.rmtree(job.step_folder / ADAPTER, ignore_errors=True)
+
+
+def save_backbone(
+    job: TrainJob, trainer: Trainer, base_folder: Path, base: BackboneRef, weights: Mapping[str, Tensor]
+) -> tuple[BackboneRef, AdapterRef | None]:
+    """What the heads run on: the base, or the model that it has become, written as a folder of its own."""
+    if trainer.adaptation is None:
+        return base, None
+    merged = job.step_folder / BACKBONE
+    if isinstance(trainer.adaptation, LoraAdaptation):
+        trainer.adaptation.save(job.step_folder / ADAPTER, weights)
+        digest = write_merged(base_folder, job.step_folder / ADAPTER, merged)
+        adapter = AdapterRef(base=base, digest=directory_digest(job.step_folder / ADAPTER))
+    else:
+        others = shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "*.pth", "README*", "*.index.json")
+        shutil.copytree(base_folder, merged, ignore=others)
+        trainer.adaptation.save(merged, weights)
+        digest, adapter = weights_digest(merged), None
+    return dataclasses.replace(base, weights_digest=digest), adapter
 
 
 class RayCheckpoints:
-    """States through ray.train.report, which every rank must call: Ray keeps them under the run's name."""
+    """States through ray.train.report, which every rank must call: Ray keeps them under the run's name. Of sharded
+    workers each brings its part; Ray puts them into one checkpoint."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -173,7 +220,7 @@ class RayCheckpoints:
 
     def save(self, trainer: Trainer) -> None:
         metrics = {"step": trainer.step}
-        if self._rank != 0:
+        if self._rank != 0 and not trainer.sharded:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -215,7 +262,7 @@ class Recorder:
         now, tokens = time.monotonic(), int(record["tokens_seen"])
         rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
         self._tokens, self._time = tokens, now
-        line = {**record, "tokens_per_second": rate}
+        line = {**record, "tokens_per_second": rate, **system_metrics()}
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -229,6 +276,21 @@ class Recorder:
         partial = self._path.with_name(f".{METRICS}.partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(partial, self._path)
+
+
+def system_metrics() -> dict[str, float]:
+    """Of the machine and process that trains; utilisations are since the last call."""
+    process = psutil.Process()
+    metrics = {
+        "system/cpu_percent": psutil.cpu_percent(),
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/process_memory_gib": process.memory_info().rss / 2**30,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        metrics["system/gpu_memory_gib"] = (total - free) / 2**30
+        metrics["system/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return metrics
 
 
 def read_records(path: Path) -> list[dict[str, float]]:

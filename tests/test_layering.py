@@ -23,9 +23,9 @@ MAY_IMPORT = {  # of our own packages
     "cli": set(PACKAGES),
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it
-    {"config", "digests", "grammar", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads"},
-    {"decoding", "checkpoint", "model"},
-    {"calibration", "growth", "engine", "training"},
+    {"config", "digests", "grammar", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads", "hydra"},
+    {"decoding", "checkpoint", "model", "adapter", "drafter"},
+    {"calibration", "quality", "growth", "engine", "export", "training"},
 )
 NOT_IN_CORE = {"ray", "mlflow", "fastapi", "starlette", "uvicorn", "openai", "datasets", "matplotlib"}
 NOT_WRITTEN_IN_CORE = NOT_IN_CORE | {"httpx", "typer", "rich", "pyarrow"}  # transformers loads some of these itself

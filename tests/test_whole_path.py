@@ -91,3 +91,22 @@ def test_from_refuses_to_start_before_what_it_needs_is_there(demo_run: tuple[Pat
     result = CliRunner().invoke(app, ["run", str(folder / "tiny.yaml"), *changed])
     assert result.exit_code != 0
     assert "step distill is not complete" in str(result.exception)
+
+
+@pytest.mark.slow
+def test_a_jointly_trained_model_is_judged_by_its_quality_and_against_a_champion_on_the_base(
+    demo_run: tuple[Path, Any, str],
+) -> None:
+    folder, _, _ = demo_run
+    joint = ["train.trainer.joint={rank: 4, heads_weight: 1.0}", "train.trainer.epochs=2"]
+    result = CliRunner().invoke(app, ["run", str(folder / "tiny.yaml"), *joint])
+    assert result.exit_code in (0, 3), result.output  # the gate may well refuse what so few rows taught
+    (evaluated,) = [
+        summary
+        for summary in (json.loads(path.read_text()) for path in (folder / "runs").rglob("evaluation.json"))
+        if summary["backbone_changed"]
+    ]
+    assert evaluated["lossless"] and evaluated["kl"] > 0 and evaluated["perplexity"] > 0
+    champion = Registry(f"sqlite:///{folder / 'mlflow.db'}").champion("medusa-tiny")
+    assert champion is not None
+    assert champion.digest in (evaluated["champion"]["checkpoint_digest"], evaluated["checkpoint_digest"])

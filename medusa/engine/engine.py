@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from medusa.adapter import load_with_adapter
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
 from medusa.engine.kv_cache import KVCache
@@ -29,6 +30,7 @@ from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
 from medusa.grammar import Grammars
 from medusa.growth import grown_tree
+from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -124,12 +126,16 @@ class Engine:
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> Engine:
-        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding.
+        """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
+        the checkpoint has an adapter, `backbone` is its base or the two merged.
 
         Raises UnsupportedModelError, CheckpointError, CheckpointMismatchError, or ValueError for a bad argument.
         """
-        model = Backbone.from_pretrained(backbone, device=device, dtype=dtype)
-        checkpoint = load_checkpoint(Path(heads), model) if heads is not None else None
+        if heads is None:
+            model, checkpoint = Backbone.from_pretrained(backbone, device=device, dtype=dtype), None
+        else:
+            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype)
+            checkpoint = load_checkpoint(Path(heads), model)
         return cls(
             model,
             ChatTokenizer.from_pretrained(backbone),
@@ -294,9 +300,10 @@ class Engine:
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, self.tokenizer)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
-        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
         limits = self._limits
-        if self.backbone.device.type != "cuda":
+        parallel = self.checkpoint is None or isinstance(self.checkpoint.heads, MedusaHeads)
+        if self.backbone.device.type != "cuda" or not parallel:
             return Runner(
                 self.backbone,
                 self.checkpoint,
@@ -324,7 +331,8 @@ class Engine:
         """Whether these heads fit into the buffers of the ones in use."""
         assert self.checkpoint is not None
         limits = self._limits.with_heads(checkpoint, ladder_of(checkpoint.meta))
-        return checkpoint.config == self.checkpoint.config and limits == self._limits
+        kind, other = ((c.meta.head_kind, c.config) for c in (self.checkpoint, checkpoint))
+        return kind == other and limits == self._limits
 
     def _speculate(self, make: Callable[[], Speculator]) -> None:
         """How steps get their trees; made again when the heads change."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
 from medusa.kernels.topk import TopkScratch, topk
@@ -19,7 +19,9 @@ from medusa.model import Backbone
 class GpuHeads:
     """`heads` over static buffers for batches of up to `max_batch_size`. The plain twin is `MedusaHeads.guess`."""
 
-    def __init__(self, heads: MedusaHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
+    def __init__(self, heads: DraftHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
+        if not isinstance(heads, MedusaHeads):
+            raise TypeError(f"a GPU step guesses by Medusa heads, not by {type(heads).__name__}")
         config, device = heads.config, backbone.device
         self._heads, self._backbone = heads, backbone
         self._first_weight, self._first_bias = _joined_blocks(heads)
@@ -29,7 +31,7 @@ class GpuHeads:
         self._scratch = TopkScratch.empty(max_batch_size, config.num_heads, width, config.head_vocab_size, device)
         self._token_map = heads.token_map if config.vocabulary == "truncated" else None
 
-    def take(self, heads: MedusaHeads) -> MedusaHeads:
+    def take(self, heads: DraftHeads) -> DraftHeads:
         """Copies the weights of heads of the same shape into those in use, which it returns."""
         self._heads.load_state_dict(heads.state_dict())
         return self._heads

@@ -26,7 +26,7 @@ from medusa.engine.speculation import Buckets
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
 from medusa.engine.tree_rows import TreeRows
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.model import Backbone
 from medusa.tree import Path, TokenTree
 
@@ -108,7 +108,7 @@ class GraphRunner:
         return Emission.of(self._step.buffers(shape).emitted, list(range(len(rows))))
 
     @torch.no_grad()
-    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
         """As StepRunner.take_heads; the graphs read the weights where they are."""
         assert self._step.heads is not None
         self._trees.regrow(growth)

@@ -1,8 +1,8 @@
 """The reference runner, in plain torch: prefill of chunks and decode steps over trees, done when launched (`step.py`).
 Here tensors and host meet. It runs on any device; what a faster runner does must equal it.
 
-Device state has one row a running sequence: its committed length, its last token (the next tree's root), the heads'
-last guesses, and how many heads made them.
+Device state has one row a running sequence: its committed length, its last token (the next tree's root), how many
+heads guessed for it, and what the drafter (medusa/drafter.py) remembers.
 
 Shapes: B sequences of a step, N nodes, K heads, S guesses a head, d hidden size, V vocabulary.
 """
@@ -15,13 +15,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa.checkpoint import Checkpoint
-from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match, propose
+from medusa.decoding import Accepted, TreeBatch, Typical, accept, accept_typical, match
+from medusa.drafter import Drafter, make_drafter
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
 from medusa.engine.speculation import Buckets
 from medusa.engine.step import Done, PrefillChunk, StepTokens
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
@@ -57,20 +58,20 @@ class Runner:
         acceptance: Typical | None,
     ) -> None:
         self._backbone = backbone
-        self._heads = checkpoint.heads if checkpoint else None
         self._cache = cache
         self._acceptance = acceptance
-        self._guess_width = guess_width
-        num_heads = checkpoint.config.num_heads if checkpoint else 1
+        self._heads = checkpoint.heads if checkpoint else None
+        self._drafter: Drafter | None = None
+        if checkpoint is not None:
+            self._drafter = make_drafter(checkpoint.heads, backbone, max_batch_size, guess_width)
         device = backbone.device
         self._length = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._root = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
-        self._guesses = torch.zeros(max_batch_size, num_heads, guess_width, dtype=torch.int64, device=device)
         self._num_guessed = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
         self._batch: _Batch | None = None
         pack(backbone.model)
-        if self._heads is not None:
-            pack(self._heads)
+        if checkpoint is not None:
+            pack(checkpoint.heads)
 
     @property
     def lag(self) -> int:
@@ -97,7 +98,7 @@ class Runner:
         length_B = self._length[rows_B]
         guessed_BN = batch.tree.depth_BN <= self._num_guessed[rows_B][:, None]
         tree = replace(batch.tree, valid_BN=batch.tree.valid_BN & guessed_BN)
-        tokens_BN = propose(tree, self._root[rows_B], self._guesses[rows_B])
+        tokens_BN = self._proposed(tree, rows_B)
         hidden_BNd = self._forward(rows_B, length_B, tree, tokens_BN)
         logits_BNV = self._backbone.logits(hidden_BNd)
         accepted = self._accept(batch, tree, tokens_BN, logits_BNV, length_B + 1)
@@ -108,7 +109,7 @@ class Runner:
         return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
 
     @torch.no_grad()
-    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
         """As StepRunner.take_heads."""
         assert self._heads is not None
         self._heads.load_state_dict(heads.state_dict())
@@ -118,7 +119,7 @@ class Runner:
         """As StepRunner.rewind."""
         rows_B = self._rows(sequences)
         self._length[rows_B] = length
-        self._num_guessed[rows_B] = self._guesses.shape[1] if self._heads is not None else 0
+        self._num_guessed[rows_B] = self._drafter.num_heads if self._drafter is not None else 0
 
     def _on_device(self, sequences: Items[Sequence], trees: Items[TokenTree]) -> _Batch:
         rows = [sequence.row for sequence in sequences]
@@ -225,10 +226,12 @@ class Runner:
         self._length[rows_B] = length_B
         self._root[rows_B] = root_B
         self._num_guessed[rows_B] = num_heads
-        if num_heads and self._heads is not None:
-            self._guesses[rows_B, :num_heads] = self._heads.guess(
-                last_hidden_Bd, self._backbone.lm_head_weight, self._guess_width, self._backbone.cap, num_heads
-            )[0]
+        if self._drafter is not None:
+            self._drafter.remember(rows_B, last_hidden_Bd, num_heads)
+
+    def _proposed(self, tree: TreeBatch, rows_B: torch.Tensor) -> torch.Tensor:
+        root_B = self._root[rows_B]
+        return root_B[:, None] if self._drafter is None else self._drafter.propose(tree, rows_B, root_B)
 
     def _rows(self, sequences: Items[Sequence]) -> torch.Tensor:
         return torch.tensor([s.row for s in sequences], device=self._backbone.device)

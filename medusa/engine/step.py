@@ -19,7 +19,7 @@ from typing import Protocol
 
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.speculation import Buckets
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.tree import Path, TokenTree
 
 
@@ -115,7 +115,7 @@ class StepRunner(Protocol):
         the next step; nodes deeper than the heads that guessed for this one take no part."""
         ...
 
-    def take_heads(self, heads: MedusaHeads, growth: Items[Path]) -> MedusaHeads:
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
         """Guesses with the weights of these heads from the next launch on, and returns those that hold them: they are
         copied into the ones in use, which must have the same shape. Guesses that were made stay. `growth` is the order
         in which the trees of these heads grow."""

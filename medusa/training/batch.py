@@ -3,19 +3,20 @@
 1. `fit_rows` cuts rows to `max_length`, drops those that leave nothing to learn, and counts both.
 2. `EpochSampler` says which rows make up a step: a pure function of the step, so its state is the step.
 3. `make_labels` shifts the labels once: labels_BTK[b, t, k] = token[b, t + k + 2]. The loss only indexes.
-4. `collate` pads the rows of a step and keeps the positions that carry a label.
+4. `collate` pads the rows of a step, or packs them into lines, and keeps the positions that predict a reply token.
 
 A position carries a label for head k only if the tokens t+1 .. t+k+2 all lie inside one reply. So prompts,
-padding and the next sample of a packed row are never labels, and positions before the last prompt token
+padding and the next sample of a packed line are never labels, and positions before the last prompt token
 carry none: serving never asks the heads for a guess there.
 
-Axes: B rows, T tokens of a row, K heads, N positions that carry a label.
+Axes: B lines (rows, or several rows packed into one), T tokens of a line, K heads, N positions that predict a reply
+token: of a row, from its last prompt token to its last token but one, side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -45,8 +46,8 @@ class Row:
 
     @property
     def num_positions(self) -> int:
-        """Positions that carry a label: head 0's label must lie inside the reply."""
-        return max(len(self) - self.prompt_length - 1, 0)
+        """Positions that predict a reply token, from the last prompt token on."""
+        return max(len(self) - self.prompt_length, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +74,7 @@ def fit_rows(rows: Iterable[Row], max_length: int) -> tuple[list[Row], RowCounts
             truncated += 1
             tokens_cut += excess
             row = Row(row.token_ids[:max_length], row.prompt_length)
-        if row.num_positions > 0:
+        if row.num_positions > 1:  # head 0's label is the reply's second token
             kept.append(row)
     counts = RowCounts(
         read=read, kept=len(kept), truncated=truncated, tokens_cut=tokens_cut, without_labels=read - len(kept)
@@ -94,48 +95,88 @@ def make_labels(tokens_BT: Tensor, reply_mask_BT: Tensor, num_heads: int) -> Ten
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of one forward pass. `positions_N` indexes the flattened [B * T]; rows in their order."""
+    """The rows of one forward pass. `positions_N` indexes the flattened [B * T], row after row in the order of
+    `row_indices`; `next_N` is the token after each of them (the LM head's label), `labels_NK` the heads'.
+
+    `position_ids_BT` restart at each row of a packed line; None where every line is one row.
+    """
 
     tokens_BT: Tensor
     positions_N: Tensor
+    next_N: Tensor
     labels_NK: Tensor
     row_indices: tuple[int, ...]
     positions_per_row: tuple[int, ...]
+    position_ids_BT: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
         """Padding included: what the backbone computes."""
         return self.tokens_BT.numel()
 
+    @property
+    def ahead_NK(self) -> Tensor:
+        """ahead[n, k] = token[t + k + 1], the tokens that head k is given by a drafter that sees its own path; 0 past
+        the end of a reply, where head k has no label either."""
+        return torch.cat([self.next_N[:, None], self.labels_NK[:, :-1].clamp_min(0)], dim=1)
+
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.tokens_BT.to(device, non_blocking=True),
-            self.positions_N.to(device, non_blocking=True),
-            self.labels_NK.to(device, non_blocking=True),
-            self.row_indices,
-            self.positions_per_row,
-        )
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens_BT", "positions_N", "next_N", "labels_NK", "position_ids_BT")
+            if getattr(self, name) is not None
+        }
+        return replace(self, **moved)
 
 
-def collate(rows: Sequence[Row], row_indices: Sequence[int], num_heads: int) -> Batch:
-    """Pads the named rows on the right. No rows give one row of padding, so that a worker without rows
-    still takes part in the step's collectives."""
-    chosen = [rows[index] for index in row_indices]
-    longest = max((len(row) for row in chosen), default=1)
-    tokens_BT = torch.full((max(len(chosen), 1), longest), PAD_ID, dtype=torch.long)
+def collate(rows: Sequence[Row], row_indices: Sequence[int], num_heads: int, pack_to: int | None = None) -> Batch:
+    """Pads the named rows on the right, or packs them into lines of at most `pack_to` tokens. No rows give one line of
+    padding, so that a worker without rows still takes part in the step's collectives."""
+    if pack_to is None:
+        lines = [[index] for index in row_indices]
+    else:
+        lines = pack_lines(row_indices, [len(rows[index]) for index in row_indices], pack_to)
+    longest = max((sum(len(rows[index]) for index in line) for line in lines), default=1)
+    tokens_BT = torch.full((max(len(lines), 1), longest), PAD_ID, dtype=torch.long)
     reply_mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-    for b, row in enumerate(chosen):
-        tokens_BT[b, : len(row)] = row.token_ids
-        reply_mask_BT[b, row.prompt_length : len(row)] = True
+    position_ids_BT = torch.zeros_like(tokens_BT)  # padding is a row of one token each: it attends to itself alone
+    positions: list[Tensor] = []
+    for b, line in enumerate(lines):
+        start = 0
+        for row in (rows[index] for index in line):
+            end = start + len(row)
+            tokens_BT[b, start:end] = row.token_ids
+            reply_mask_BT[b, start + row.prompt_length : end] = True
+            position_ids_BT[b, start:end] = torch.arange(len(row))
+            positions.append(torch.arange(start + row.prompt_length - 1, end - 1) + b * longest)
+            start = end
     labels_BTK = make_labels(tokens_BT, reply_mask_BT, num_heads)
-    positions_N = labels_BTK[..., 0].ne(IGNORE).flatten().nonzero().squeeze(-1)
+    positions_N = torch.cat([torch.empty(0, dtype=torch.long), *positions])
     return Batch(
-        tokens_BT,
-        positions_N,
-        labels_BTK.flatten(0, 1)[positions_N],
-        tuple(row_indices),
-        tuple(row.num_positions for row in chosen),
+        tokens_BT=tokens_BT,
+        positions_N=positions_N,
+        next_N=tokens_BT.flatten()[positions_N + 1],
+        labels_NK=labels_BTK.flatten(0, 1)[positions_N],
+        row_indices=tuple(index for line in lines for index in line),
+        positions_per_row=tuple(map(len, positions)),
+        position_ids_BT=None if pack_to is None else position_ids_BT,
     )
+
+
+def pack_lines(row_indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The rows in lines of at most `capacity` tokens, longest first, each into the first line with room for it."""
+    lines: list[list[int]] = []
+    room: list[int] = []
+    for index, length in sorted(zip(row_indices, lengths, strict=True), key=lambda item: (-item[1], item[0])):
+        if length > capacity:
+            raise ValueError(f"row {index} has {length} tokens, a packed line holds {capacity}; cut rows first")
+        line = next((number for number, left in enumerate(room) if left >= length), len(lines))
+        if line == len(lines):
+            lines.append([])
+            room.append(capacity)
+        lines[line].append(index)
+        room[line] -= length
+    return lines
 
 
 class EpochSampler:

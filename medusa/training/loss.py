@@ -1,41 +1,37 @@
-"""The heads' loss: weighted cross-entropy of each head with its own shifted label (paper, section 2.2.1).
+"""The heads' loss and the language model's: which rows, targets and weights go into the chunked sums.
 
-Logits are the large thing: K heads of [N, V]. They exist for one head and one chunk of rows at a time, in which
-loss, hits and gradients are all taken, so that nothing of size V outlives its chunk. `heads_loss_eager` is the same
-in plain torch, kept as the oracle.
+`heads_loss` gives each head its own shifted label (paper, section 2.2.1); `lm_loss` keeps the backbone of Medusa-2 what
+it was. `heads_loss_eager` is the first in plain torch, all logits at once, kept as the oracle.
 
-Axes: N positions that carry a label, K heads, d hidden size, V the vocabulary of a head, M measures (HeadTotals).
+Axes: N positions that predict a reply token, K heads, d hidden size, V the vocabulary of a head, M measures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.training.batch import IGNORE
+from medusa.training.chunked import Cap, TeacherLoss, TokenLoss, chunked, widened
+from medusa.training.schedule import HeadsLossConfig
 
-Cap = Callable[[Tensor], Tensor]
+CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, weight, targets -> loss, top-1 and top-5 hits
 
 
 @dataclass(frozen=True, slots=True)
 class HeadTotals:
     """Sums over labels, each [K]: add them over micro-batches and workers, divide at the end.
 
-    `labels` counts all labels, `covered` those inside the head's vocabulary. Loss is summed over covered labels;
-    hits are out of all labels, so that a label outside a truncated vocabulary is a miss.
+    `labels` counts all labels, `covered` those that carry loss: inside the head's vocabulary, where the loss is on
+    tokens. Hits are out of all labels, so that a label outside a truncated vocabulary is a miss.
     """
 
     values_MK: Tensor
-
-    @classmethod
-    def stack(cls, loss_K: Tensor, covered_K: Tensor, labels_K: Tensor, top1_K: Tensor, top5_K: Tensor) -> HeadTotals:
-        return cls(torch.stack([t.double() for t in (loss_K, covered_K, labels_K, top1_K, top5_K)]))
 
     @classmethod
     def zeros(cls, num_heads: int, device: torch.device) -> HeadTotals:
@@ -76,12 +72,21 @@ class HeadTotals:
         return self.values_MK[4] / self.labels_K.clamp_min(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Teacher:
+    """The distribution that soft targets come from: the backbone's own, at every position of the batch."""
+
+    hidden_Nd: Tensor
+    weight_Vd: Tensor
+    cap: Cap
+
+
 def head_weights(num_heads: int, decay: float) -> list[float]:
     """Head k (0-based) weighs decay ** (k + 1)."""
     return [decay ** (k + 1) for k in range(num_heads)]
 
 
-def head_targets(heads: MedusaHeads, labels_NK: Tensor) -> Tensor:
+def head_targets(heads: DraftHeads, labels_NK: Tensor) -> Tensor:
     """Labels as columns of the heads' logits; IGNORE where there is no label or none inside the vocabulary."""
     if heads.config.vocabulary != "truncated":
         return labels_NK
@@ -90,117 +95,120 @@ def head_targets(heads: MedusaHeads, labels_NK: Tensor) -> Tensor:
     return column_V[labels_NK.clamp_min(0)].masked_fill(labels_NK == IGNORE, IGNORE)
 
 
-def count_covered(heads: MedusaHeads, labels_NK: Tensor) -> Tensor:
-    """Labels that each head can be right about, [K]: the normaliser, known before any forward."""
-    return (head_targets(heads, labels_NK) != IGNORE).sum(0)
+def count_covered(heads: DraftHeads, labels_NK: Tensor, config: HeadsLossConfig = HeadsLossConfig()) -> Tensor:  # noqa: B008
+    """Labels that carry loss, [K]: the normaliser, known before any forward."""
+    targets_NK = head_targets(heads, labels_NK) if config.kind == "tokens" else labels_NK
+    return (targets_NK != IGNORE).sum(0)
 
 
 def heads_loss(
-    heads: MedusaHeads,
+    heads: DraftHeads,
     hidden_Nd: Tensor,
     labels_NK: Tensor,
     lm_head_weight: Tensor,
     cap: Cap,
     *,
+    ahead_NKd: Tensor | None = None,
+    teacher: Teacher | None = None,
+    config: HeadsLossConfig = HeadsLossConfig(),  # noqa: B008
+    cross_entropy: CrossEntropy | None = None,
     chunk_size: int = 1024,
 ) -> HeadTotals:
-    """Loss sums (with gradient) and hits of every head, in chunks of `chunk_size` rows. `cap` is Backbone.cap."""
+    """Loss sums (with gradient) and hits of every head, in chunks of `chunk_size` rows. `cap` is Backbone.cap.
+
+    `ahead_NKd` are the embeddings that heads with `sees_path` are given; `teacher` is needed by the soft losses;
+    `cross_entropy` replaces the chunked one.
+    """
     targets_NK = head_targets(heads, labels_NK)
-    per_head = (
-        _ChunkedCrossEntropy.apply(
-            heads.features(k, hidden_Nd),
-            heads.vocabulary_weight(k, lm_head_weight),
-            targets_NK[:, k],
-            cap,
-            chunk_size,
-            torch.is_grad_enabled(),
-        )
-        for k in range(heads.config.num_heads)
-    )
-    return _totals(per_head, targets_NK, labels_NK)
+    per_head = []
+    for k in range(heads.config.num_heads):
+        features_Nd = heads.features(k, hidden_Nd, ahead_NKd)
+        weight_Vd = heads.vocabulary_weight(k, lm_head_weight)
+        if config.kind == "tokens":
+            token_loss = cross_entropy or partial(chunked_cross_entropy, cap=cap, chunk_size=chunk_size)
+            per_head.append(token_loss(features_Nd, weight_Vd, targets_NK[:, k]))
+            continue
+        if teacher is None:
+            raise ValueError(f"a loss of kind {config.kind!r} needs the teacher's hidden states, got none")
+        row_loss = _soft_loss(heads, k, targets_NK[:, k], labels_NK[:, k], teacher, config)
+        sums = chunked(features_Nd, weight_Vd, row_loss, cap, num_sums=row_loss.num_sums, chunk_size=chunk_size)
+        per_head.append(sums[:3])
+    return _totals(per_head, count_covered(heads, labels_NK, config), labels_NK)
 
 
 def heads_loss_eager(
-    heads: MedusaHeads, hidden_Nd: Tensor, labels_NK: Tensor, lm_head_weight: Tensor, cap: Cap
+    heads: DraftHeads,
+    hidden_Nd: Tensor,
+    labels_NK: Tensor,
+    lm_head_weight: Tensor,
+    cap: Cap,
+    ahead_NKd: Tensor | None = None,
 ) -> HeadTotals:
-    """The plain twin of `heads_loss`: all logits at once."""
+    """The plain twin of `heads_loss` on tokens: all logits at once."""
     targets_NK = head_targets(heads, labels_NK)
-    raw_logits = heads.logits(hidden_Nd, lm_head_weight)
-    per_head = (_loss_and_hits(cap(_widened(raw)), targets_NK[:, k]) for k, raw in enumerate(raw_logits))
-    return _totals(per_head, targets_NK, labels_NK)
+    logits = [
+        cap(widened(heads.features(k, hidden_Nd, ahead_NKd) @ heads.vocabulary_weight(k, lm_head_weight).T))
+        for k in range(heads.config.num_heads)
+    ]
+    everything = slice(0, len(hidden_Nd))
+    per_head = [TokenLoss(targets_NK[:, k])(x, everything) for k, x in enumerate(logits)]
+    return _totals(per_head, count_covered(heads, labels_NK), labels_NK)
 
 
-class HeadsLoss(nn.Module):
-    """`heads_loss` as a module over the heads' parameters, so that DistributedDataParallel can wrap it.
-
-    The frozen LM head is no parameter of it. Forward gives `HeadTotals.values_MK`.
-    """
-
-    def __init__(self, heads: MedusaHeads, lm_head_weight: Tensor, cap: Cap, chunk_size: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self._frozen = (lm_head_weight.detach(), cap)  # a tuple hides the tensor from nn.Module
-        self._chunk_size = chunk_size
-
-    def forward(self, hidden_Nd: Tensor, labels_NK: Tensor) -> Tensor:
-        lm_head_weight, cap = self._frozen
-        return heads_loss(self.heads, hidden_Nd, labels_NK, lm_head_weight, cap, chunk_size=self._chunk_size).values_MK
+def chunked_cross_entropy(
+    features_Nd: Tensor, weight_Vd: Tensor, targets_N: Tensor, *, cap: Cap, chunk_size: int
+) -> Tensor:
+    """Loss, top-1 hits and top-5 hits, [3]."""
+    loss = TokenLoss(targets_N)
+    return chunked(features_Nd, weight_Vd, loss, cap, num_sums=loss.num_sums, chunk_size=chunk_size)
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """(features [N, d], weight [V, d], targets [N]) -> summed cross-entropy, top-1 hits, top-5 hits.
-
-    Gradients are taken in the forward, chunk by chunk, while the logits exist: no second matrix product in the
-    backward, at the price of holding one gradient of each input until then.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, features_Nd: Tensor, weight_Vd: Tensor, targets_N: Tensor, cap: Cap, chunk_size: int, grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        compute_weight_Vd = weight_Vd.to(features_Nd.dtype)
-        grad_features_Nd = torch.empty_like(features_Nd) if grad and ctx.needs_input_grad[0] else None
-        grad_weight_Vd = torch.zeros_like(weight_Vd) if grad and ctx.needs_input_grad[1] else None
-        sums = [torch.zeros((), dtype=torch.float64, device=features_Nd.device) for _ in range(3)]
-        for start in range(0, len(features_Nd), chunk_size):
-            rows = slice(start, start + chunk_size)
-            raw = _widened(features_Nd[rows] @ compute_weight_Vd.T).requires_grad_(grad)
-            with torch.set_grad_enabled(grad):
-                loss_and_hits = _loss_and_hits(cap(raw), targets_N[rows])
-            sums = [total + part.detach() for total, part in zip(sums, loss_and_hits, strict=True)]
-            if not grad:
-                continue
-            grad_raw = torch.autograd.grad(loss_and_hits[0], raw)[0].to(features_Nd.dtype)
-            if grad_features_Nd is not None:
-                grad_features_Nd[rows] = grad_raw @ compute_weight_Vd
-            if grad_weight_Vd is not None:
-                grad_weight_Vd += grad_raw.T @ features_Nd[rows]
-        ctx.save_for_backward(grad_features_Nd, grad_weight_Vd)
-        ctx.mark_non_differentiable(*sums[1:])
-        return sums[0], sums[1], sums[2]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
-        return *gradients, None, None, None, None
+LM_SUMS = ("loss", "top1", "top5", "overlap", "labels")
 
 
-def _widened(raw_logits: Tensor) -> Tensor:
-    """Softmax over a large vocabulary needs float32 at least."""
-    return raw_logits.to(torch.promote_types(raw_logits.dtype, torch.float32))
+def lm_loss(
+    hidden_Nd: Tensor,
+    next_N: Tensor,
+    lm_head_weight: Tensor,
+    cap: Cap,
+    teacher: Teacher | None,
+    *,
+    cross_entropy: CrossEntropy | None = None,
+    chunk_size: int = 1024,
+) -> Tensor:
+    """LM_SUMS over the positions, [5] in float64: KL(teacher || model) with a teacher, else cross-entropy with the next
+    token (whose overlap is 0: there is nothing to overlap with)."""
+    if teacher is None:
+        token_loss = cross_entropy or partial(chunked_cross_entropy, cap=cap, chunk_size=chunk_size)
+        sums = token_loss(hidden_Nd, lm_head_weight, next_N)
+        return torch.cat([sums, sums.new_zeros(1), sums.new_full((1,), len(next_N))])
+    loss = TeacherLoss(
+        teacher.hidden_Nd, teacher.weight_Vd, teacher.cap, torch.ones_like(next_N, dtype=torch.bool), next_N
+    )
+    return chunked(hidden_Nd, lm_head_weight, loss, cap, num_sums=loss.num_sums, chunk_size=chunk_size)
 
 
-def _loss_and_hits(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    loss = cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum").double()
-    with torch.no_grad():
-        at_target_N1 = logits_NV.gather(1, targets_N.clamp_min(0)[:, None])
-        better_N = (logits_NV > at_target_N1).sum(1).masked_fill(targets_N == IGNORE, logits_NV.shape[1])
-        top5_limit = min(5, logits_NV.shape[1])
-        return loss, (better_N < 1).sum().double(), (better_N < top5_limit).sum().double()
+def _soft_loss(
+    heads: DraftHeads, k: int, targets_N: Tensor, labels_N: Tensor, teacher: Teacher, config: HeadsLossConfig
+) -> TeacherLoss:
+    """Head k at position t learns what the backbone says at t + k + 1: positions of a reply stand side by side."""
+    counts_N = labels_N != IGNORE
+    source_N = (torch.arange(len(labels_N), device=labels_N.device) + k + 1).clamp(max=max(len(labels_N) - 1, 0))
+    return TeacherLoss(
+        teacher_Nd=teacher.hidden_Nd[source_N],
+        teacher_weight_Vd=teacher.weight_Vd,
+        cap=teacher.cap,
+        counts_N=counts_N,
+        targets_N=targets_N,
+        columns=heads.token_map if heads.config.vocabulary == "truncated" else None,
+        temperature=config.teacher_temperature,
+        lk_eta=config.lk_eta if config.kind == "lk" else None,
+        tokens_share=config.tokens_share,
+    )
 
 
-def _totals(per_head: Iterable[tuple[Tensor, Tensor, Tensor]], targets_NK: Tensor, labels_NK: Tensor) -> HeadTotals:
-    loss, top1, top5 = zip(*per_head, strict=True)
-    covered_K, labels_K = ((ids != IGNORE).sum(0) for ids in (targets_NK, labels_NK))
-    return HeadTotals.stack(torch.stack(loss), covered_K, labels_K, torch.stack(top1), torch.stack(top5))
+def _totals(per_head: list[Tensor], covered_K: Tensor, labels_NK: Tensor) -> HeadTotals:
+    sums_K3 = torch.stack(per_head).double()
+    labels_K = (labels_NK != IGNORE).sum(0)
+    loss_K, top1_K, top5_K = sums_K3.unbind(1)
+    return HeadTotals(torch.stack([loss_K, covered_K.double(), labels_K.double(), top1_K, top5_K]))

@@ -1,12 +1,74 @@
-"""How long to train and how fast: every number of a training run, and the learning rate as a pure function."""
+"""How long to train and how fast: every number of a training run, and its rates as pure functions of the step."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from medusa.config import strict
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class HeadsLossConfig:
+    """What a head learns from each position.
+
+    `kind` "tokens": cross-entropy with the reply's token (the paper's). "soft": KL from the backbone's own distribution
+    for that token, at `teacher_temperature`. "lk": the LK hybrid, w KL + (1 - w) TV with w = exp(-`lk_eta` a), where a
+    is the overlap of the two distributions: total variation is what acceptance at temperature > 0 is made of, but has
+    no gradient to speak of while head and backbone are far apart. `tokens_share` mixes the token's own cross-entropy
+    into the other two.
+    """
+
+    kind: Literal["tokens", "soft", "lk"] = "tokens"
+    teacher_temperature: float = 1.0
+    lk_eta: float = 3.0
+    tokens_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.teacher_temperature < math.inf, "teacher_temperature", "above 0", self.teacher_temperature)
+        _require(0 <= self.lk_eta < math.inf, "lk_eta", "0 or more", self.lk_eta)
+        _require(0 <= self.tokens_share <= 1, "tokens_share", "from 0 to 1", self.tokens_share)
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class JointConfig:
+    """Medusa-2 (paper, section 2.2.2): the backbone learns too, L = L_LM + lambda_0 * (weighted sum over the heads).
+
+    `method` "lora": adapters of `rank`, `alpha`, `dropout` on all linear layers, on the LM head only with
+    `train_lm_head` (refused where it is tied to the embeddings); "full": every weight. `lm_loss` "distill": KL from the
+    model as it was before training; "tokens": cross-entropy. `heads_weight` is lambda_0, reached by
+    `heads_weight_schedule` at `ramp_ratio` of the joint steps. The backbone's rate is `lr / heads_lr_scale`.
+    For the first `heads_only_ratio` of all steps the backbone rests (two stages, each with its own rate schedule).
+    """
+
+    method: Literal["lora", "full"] = "lora"
+    rank: int = 32
+    alpha: float = 16.0
+    dropout: float = 0.05
+    train_lm_head: bool = False
+    lm_loss: Literal["distill", "tokens"] = "distill"
+    heads_weight: float = 0.2
+    heads_weight_schedule: Literal["constant", "linear", "sine"] = "constant"
+    ramp_ratio: float = 1.0
+    heads_lr_scale: float = 4.0
+    heads_only_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", "at least 1", self.rank)
+        for name in ("alpha", "heads_weight", "heads_lr_scale"):
+            _require(0 < getattr(self, name) < math.inf, name, "above 0", getattr(self, name))
+        for name in ("dropout", "heads_only_ratio"):
+            _require(0 <= getattr(self, name) < 1, name, "from 0 to below 1", getattr(self, name))
+        _require(0 < self.ramp_ratio <= 1, "ramp_ratio", "above 0, at most 1", self.ramp_ratio)
+        _require(
+            not (self.method == "full" and self.train_lm_head),
+            "train_lm_head",
+            "false with method full, which trains every weight",
+            True,
+        )
 
 
 @strict
@@ -16,7 +78,11 @@ class TrainerConfig:
 
     `batch_size` is rows a step over all workers, `micro_batch_size` rows a forward on one of them (None: all).
     `chunk_size` is rows of logits that exist at once. `hidden_cache_gib` is main memory a worker may spend on
-    keeping the backbone's hidden states over epochs (0: compute them every epoch).
+    keeping the backbone's hidden states over epochs (0: compute them every epoch). `lr` is the heads' peak rate;
+    `head_lr_scales` multiplies it head by head. `packing` puts rows behind each other into lines of `max_length`.
+    `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
+    `cross_entropy`: "chunked" is the project's own; "liger" its fused kernels (GPU only); "auto" takes liger on a GPU
+    where it is installed. `joint` null: the backbone stays frozen (Medusa-1).
     """
 
     epochs: int = 2
@@ -35,6 +101,13 @@ class TrainerConfig:
     eps: float = 1e-8
     grad_clip: float | None = 1.0
     head_decay: float = 0.8
+    head_lr_scales: tuple[float, ...] | None = None
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    loss: HeadsLossConfig = field(default_factory=HeadsLossConfig)
+    joint: JointConfig | None = None
+    packing: bool = False
+    activation_checkpointing: bool = False
+    cross_entropy: Literal["auto", "chunked", "liger"] = "auto"
     chunk_size: int = 1024
     hidden_cache_gib: float = 0.0
     log_every: int = 10
@@ -58,13 +131,46 @@ class TrainerConfig:
         _require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "each from 0 to below 1", self.betas)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "above 0, or null", self.grad_clip)
+        scales = self.head_lr_scales
+        _require(scales is None or min(scales, default=0) > 0, "head_lr_scales", "a number above 0 a head", scales)
+        _require(
+            self.joint is None or self.hidden_cache_gib == 0,
+            "hidden_cache_gib",
+            "0 in joint training, where hidden states change",
+            self.hidden_cache_gib,
+        )
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps if self.max_steps is not None else self.epochs * steps_per_epoch
 
+    def heads_only_steps(self, total_steps: int) -> int:
+        """Steps of the first stage; all of them where the backbone is frozen."""
+        return total_steps if self.joint is None else round(self.joint.heads_only_ratio * total_steps)
+
 
 def learning_rate(config: TrainerConfig, step: int, total_steps: int) -> float:
-    """Rate of the step with this 0-based number: linear warm-up to `lr`, then constant or cosine to the floor."""
+    """The heads' rate at the step with this 0-based number: linear warm-up to `lr`, then constant or cosine to the
+    floor; of two stages each has this schedule for itself."""
+    first_stage = config.heads_only_steps(total_steps)
+    if step < first_stage or first_stage == total_steps:
+        return _stage_rate(config, step, first_stage)
+    return _stage_rate(config, step - first_stage, total_steps - first_stage)
+
+
+def heads_weight(config: TrainerConfig, step: int, total_steps: int) -> float:
+    """lambda_0 at this step: 1 where the backbone is frozen; constant in a first stage; then as scheduled."""
+    if config.joint is None:
+        return 1.0
+    first_stage = config.heads_only_steps(total_steps)
+    if step < first_stage or config.joint.heads_weight_schedule == "constant":
+        return config.joint.heads_weight
+    ramp_steps = config.joint.ramp_ratio * (total_steps - first_stage)
+    progress = min((step - first_stage + 1) / ramp_steps, 1.0)
+    ramp = math.sin(progress * math.pi / 2) if config.joint.heads_weight_schedule == "sine" else progress
+    return config.joint.heads_weight * ramp
+
+
+def _stage_rate(config: TrainerConfig, step: int, total_steps: int) -> float:
     warmup = config.warmup_steps if config.warmup_steps is not None else round(config.warmup_ratio * total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup

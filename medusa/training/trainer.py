@@ -1,8 +1,9 @@
-"""Medusa-1: the backbone is frozen, only the heads learn (paper, section 2.2.1). One process, or one of several.
+"""One process of training, alone or one of several: Medusa-1 (only the heads learn) or Medusa-2 (the backbone too).
 
-A step: the backbone's hidden states without gradient, the heads' chunked loss divided by the *global* number of
-labels, so that any number of workers gives the same trajectory, then clipped AdamW. Numbers stay on the device; the
-host reads them only when a record is taken or a state is saved.
+A step: the objective's sums over this worker's micro-batches, divided by the *global* numbers of labels, so that any
+number of workers gives the same trajectory, then clipped AdamW. What is random in a step (dropout) is seeded by the
+step and the worker, so a state holds no generator's. Numbers stay on the device; the host reads them only when a
+record is taken or a state is saved.
 """
 
 from __future__ import annotations
@@ -17,24 +18,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.model import Backbone
+from medusa.training.adaptation import Adaptation, adapt
 from medusa.training.batch import Batch, EpochSampler, Row, collate, fit_rows
-from medusa.training.hidden import CachedHidden, ComputedHidden
-from medusa.training.loss import HeadsLoss, HeadTotals, count_covered, head_weights
-from medusa.training.schedule import TrainerConfig, learning_rate
+from medusa.training.fused import choose_cross_entropy
+from medusa.training.hidden import CachedHidden, ComputedHidden, check_packing
+from medusa.training.loss import LM_SUMS, HeadTotals, count_covered, head_weights
+from medusa.training.objective import HeadsObjective, JointObjective, Sums
+from medusa.training.optimiser import Optimiser, named_groups
+from medusa.training.schedule import TrainerConfig, heads_weight, learning_rate
+from medusa.training.sharding import is_sharded, load_sharded, save_sharded, whole
 from medusa.training.state import read_state, write_state
+
+SHARDS, PROGRESS = "shards", "progress"
 
 
 class NonFiniteLossError(ArithmeticError):
-    """A head's loss became NaN or infinite; the message names the step (1-based) and the heads."""
+    """A loss became NaN or infinite; the message names the step (1-based) and the heads, or the language model."""
 
-    def __init__(self, step: int, heads: Sequence[int]) -> None:
+    def __init__(self, step: int, heads: Sequence[int], language_model: bool = False) -> None:
         self.step, self.heads = step, tuple(heads)
+        of_heads = [f"head {', '.join(map(str, heads))}"] if heads else []
+        of_model = ["the language model"] if language_model else []
         super().__init__(
-            f"loss of head {', '.join(map(str, heads))} is not finite at step {step}; nothing was saved since. "
+            f"loss of {' and of '.join(of_heads + of_model)} is not finite at step {step}; nothing was saved since. "
             "Lower the learning rate or look at the rows of that step"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The sums of some steps or rows over all workers: the heads', and the language model's by LM_SUMS."""
+
+    heads: HeadTotals
+    lm_L: Tensor
+
+    @classmethod
+    def zeros(cls, num_heads: int, device: torch.device) -> Totals:
+        lm_L = torch.zeros(len(LM_SUMS), dtype=torch.float64, device=device)
+        return cls(HeadTotals.zeros(num_heads, device), lm_L)
+
+    @classmethod
+    def of(cls, sums: Sums) -> Totals:
+        return cls(HeadTotals(sums.heads_MK.detach()), sums.lm_L.detach())
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.heads + other.heads, self.lm_L + other.lm_L)
+
+    def record(self) -> dict[str, float]:
+        """Plain numbers, by head and of the language model where it learns; waits for the device."""
+        record: dict[str, float] = {}
+        for name in ("loss", "top1_accuracy", "top5_accuracy", "coverage"):
+            values = getattr(self.heads, "mean_loss_K" if name == "loss" else f"{name}_K").tolist()
+            record |= {f"head_{k}/{name}": value for k, value in enumerate(values)}
+        lm = dict(zip(LM_SUMS, self.lm_L.tolist(), strict=True))
+        if lm["labels"]:
+            record |= {f"lm/{name}": lm[name] / lm["labels"] for name in ("loss", "top1", "overlap")}
+        return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +84,24 @@ class StepMetrics:
 
     step: int
     learning_rate: float
+    heads_weight: float
     tokens: int
-    totals: HeadTotals
+    totals: Totals
     loss: Tensor
     grad_norm: Tensor
 
 
 class Trainer:
-    """Trains `heads` in place on rows cut to `max_length`.
+    """Trains `heads` in place, and with a joint configuration the backbone too, on rows cut to `max_length`.
 
-    `wrap` turns the loss module into its distributed twin (DistributedDataParallel), given with `rank` and
-    `world_size`; it must average gradients over workers, as DDP does.
+    `wrap` turns the objective into its distributed twin (DistributedDataParallel, FSDP), given with `rank` and
+    `world_size`; it must average gradients over workers, as both do.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        heads: MedusaHeads,
+        heads: DraftHeads,
         rows: Iterable[Row],
         config: TrainerConfig,
         *,
@@ -78,48 +120,55 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self._device = backbone.device
-        self._compute_dtype = torch.bfloat16 if backbone.dtype.itemsize == 2 else backbone.dtype
-        self._hidden = _hidden_source(backbone, self.rows, config)
-        self._loss = wrap(HeadsLoss(heads, backbone.lm_head_weight, backbone.cap, config.chunk_size))
-        self._optimizer = torch.optim.AdamW(
-            heads.parameters(),
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self._base_dtype = backbone.dtype
+        self._half = backbone.dtype.itemsize == 2
+        self._pack_to = config.max_length if config.packing else None
+        if config.packing:
+            check_packing(backbone)
+        self.adaptation: Adaptation | None = None if config.joint is None else adapt(backbone, config)
+        self.fused = choose_cross_entropy(config.cross_entropy, backbone)
+        self._loss = wrap(self._objective_module())
+        model = None if self.adaptation is None else backbone.model
+        self._optimiser = Optimiser(named_groups(heads, model, config), config)
+        if self.sharded and config.optimizer != "adamw":
+            raise ValueError(f"optimizer {config.optimizer} keeps moments that cannot be sharded; use adamw with FSDP")
         weights = head_weights(heads.config.num_heads, config.head_decay)
         self._weights_K = torch.tensor(weights, dtype=torch.float64, device=self._device)
-        self._window = HeadTotals.zeros(heads.config.num_heads, self._device)
-        self._first_bad_step_K = torch.zeros(heads.config.num_heads, dtype=torch.long, device=self._device)
+        self._window = Totals.zeros(heads.config.num_heads, self._device)
+        self._first_bad_step = torch.zeros(heads.config.num_heads + 1, dtype=torch.long, device=self._device)
 
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps
 
+    @property
+    def heads_only(self) -> bool:
+        """Whether the backbone rests in the next step: always in Medusa-1, in Medusa-2 during a first stage."""
+        return self.step < self.config.heads_only_steps(self.total_steps)
+
     def next_batches(self) -> list[Batch]:
         """This worker's micro-batches of the next step; at least one, if only of padding."""
-        indices = self.sampler(self.step)
-        size = self.config.micro_batch_size or max(len(indices), 1)
-        parts = [indices[start : start + size] for start in range(0, max(len(indices), 1), size)]
-        return [collate(self.rows, part, self.heads.config.num_heads).to(self._device) for part in parts]
+        return self._batches(self.rows, self.sampler(self.step))
 
     def train_step(self, batches: Sequence[Batch]) -> StepMetrics:
         """One optimiser step over the micro-batches of all workers."""
-        covered_K = self._global_sum(torch.stack([count_covered(self.heads, b.labels_NK) for b in batches]).sum(0))
-        local = HeadTotals.zeros(len(self._weights_K), self._device)
-        for index, batch in enumerate(batches):
-            with self._gradients_meet(last=index == len(batches) - 1):
-                local += self._backward(batch, covered_K)
-        totals = HeadTotals(self._global_sum(local.values_MK))
+        weight = heads_weight(self.config, self.step, self.total_steps)
+        counts = self._global_sum(torch.stack([self._counts(batch) for batch in batches]).sum(0))
+        local = Totals.zeros(len(self._weights_K), self._device)
+        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            torch.manual_seed((self.config.seed * 1_000_003 + self.step) * 65_537 + self.sampler.rank)
+            for index, batch in enumerate(batches):
+                with self._gradients_meet(last=index == len(batches) - 1):
+                    local += self._backward(batch, counts, weight)
+        totals = self._over_workers(local)
         self._note_non_finite(totals)
-        grad_norm, rate = self._update()
+        rate = learning_rate(self.config, self.step, self.total_steps)
+        grad_norm = self._update(rate)
         self._window += totals
         tokens = sum(len(self.rows[index]) for index in self.sampler.global_rows(self.step))
         self.step += 1
         self.tokens_seen += tokens
-        return StepMetrics(self.step, rate, tokens, totals, self._objective(totals), grad_norm)
+        return StepMetrics(self.step, rate, weight, tokens, totals, self._objective(totals, weight), grad_norm)
 
     def take_record(self, metrics: StepMetrics) -> dict[str, float]:
         """Plain numbers of the steps since the last record (`metrics` being the last of them); waits for the device."""
@@ -127,95 +176,192 @@ class Trainer:
         window = self._window
         record = {
             "step": metrics.step,
-            "loss": float(self._objective(window)),
+            "loss": float(self._objective(window, metrics.heads_weight)),
             "learning_rate": metrics.learning_rate,
+            "heads_weight": metrics.heads_weight,
             "grad_norm": float(metrics.grad_norm),
             "tokens_seen": self.tokens_seen,
         }
-        for name in ("loss", "top1_accuracy", "top5_accuracy", "coverage"):
-            values = getattr(window, "mean_loss_K" if name == "loss" else f"{name}_K").tolist()
-            record |= {f"head_{k}/{name}": value for k, value in enumerate(values)}
-        self._window = HeadTotals.zeros(len(self._weights_K), self._device)
-        return record
+        self._window = Totals.zeros(len(self._weights_K), self._device)
+        return record | window.record()
+
+    @torch.no_grad()
+    def validate(self, rows: Sequence[Row]) -> dict[str, float]:
+        """The record of rows that are not trained on, as they stand now; every worker calls it with the same rows."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        by_length = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        totals = Totals.zeros(len(self._weights_K), self._device)
+        share = size * self.sampler.world_size
+        for start in range(0, len(rows), share):  # as many forwards on each worker, since sharded ones are collective
+            mine = by_length[start : start + share][self.sampler.rank :: self.sampler.world_size]
+            for batch in self._batches(rows, mine):
+                with self._autocast():
+                    totals += Totals.of(self._loss(batch, self.heads_only))
+        totals = self._over_workers(totals)
+        weight = heads_weight(self.config, max(self.step - 1, 0), self.total_steps)
+        return {"loss": float(self._objective(totals, weight))} | totals.record()
 
     def check_finite(self) -> None:
         """Raises NonFiniteLossError if any step so far had a loss that is not finite."""
-        bad = {k: step for k, step in enumerate(self._first_bad_step_K.tolist()) if step}
+        bad = {k: step for k, step in enumerate(self._first_bad_step.tolist()) if step}
         if bad:
-            first = min(bad.values())
-            raise NonFiniteLossError(first, [k for k, step in bad.items() if step == first])
+            first, lm = min(bad.values()), len(self._weights_K)
+            bad_heads = [k for k, step in bad.items() if step == first and k != lm]
+            raise NonFiniteLossError(first, bad_heads, language_model=bad.get(lm) == first)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on with the same numbers: flat, tensors and JSON values."""
         self.check_finite()
-        state: dict[str, Any] = {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "sampler": self._sampler_identity(),
-            "window": self._window.values_MK,
-            "rng.cpu": torch.get_rng_state(),
-        }
-        if self._device.type == "cuda":
-            state["rng.cuda"] = torch.cuda.get_rng_state(self._device)
-        state |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
-        return state | self._optimizer_state()
+        state = self.progress() | {name: parameter.detach() for name, parameter in self._optimiser.parameters.items()}
+        state |= {f"heads.{name}": buffer for name, buffer in self.heads.named_buffers()}
+        return state | {f"optimizer.{name}": value for name, value in self._optimiser.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken; any number of workers, the same rows and batches."""
+        self.load_progress(state)
+        with torch.no_grad():
+            for name, parameter in self._optimiser.parameters.items():
+                parameter.copy_(state[name])
+        self._optimiser.load_state_dict(_below(state, "optimizer."))
+
+    def progress(self) -> dict[str, Any]:
+        """The part of the state that is not weights or moments: where training stands."""
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "sampler": self._sampler_identity(),
+            "window": self._window.heads.values_MK,
+            "window_lm": self._window.lm_L,
+        }
+
+    def load_progress(self, state: dict[str, Any]) -> None:
         if state["sampler"] != self._sampler_identity():
             raise ValueError(
                 f"this state was saved over {state['sampler']}, the trainer has {self._sampler_identity()}; "
                 "resume with the same rows, batch size and seed, or start anew"
             )
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self._window = HeadTotals(state["window"].to(self._device))
-        self.heads.load_state_dict(_below(state, "heads."))
-        self._load_optimizer_state(_below(state, "optimizer."))
-        torch.set_rng_state(state["rng.cpu"])
-        if self._device.type == "cuda" and "rng.cuda" in state:
-            torch.cuda.set_rng_state(state["rng.cuda"], self._device)
+        self._window = Totals(HeadTotals(state["window"].to(self._device)), state["window_lm"].to(self._device))
 
     def save_state(self, directory: Path) -> None:
-        """Writes `state_dict` as a new folder, atomically, as safetensors and JSON."""
-        write_state(directory, self.state_dict())
+        """Writes the state as a new folder: atomically, as safetensors and JSON; of sharded workers each its part
+        (every worker then calls it, with a folder of its own or the same)."""
+        if not self.sharded:
+            write_state(directory, self.state_dict())
+            return
+        self.check_finite()
+        save_sharded(directory / SHARDS, self._optimiser)
+        if self.sampler.rank == 0:
+            write_state(directory / PROGRESS, self.progress())
 
     def load_state(self, directory: Path) -> None:
-        self.load_state_dict(read_state(directory))
+        if not self.sharded:
+            self.load_state_dict(read_state(directory))
+            return
+        self.load_progress(read_state(directory / PROGRESS))
+        load_sharded(directory / SHARDS, self._optimiser)
 
-    def _backward(self, batch: Batch, covered_K: Tensor) -> HeadTotals:
-        hidden_Nd = self._hidden(batch).to(self._compute_dtype)
-        half = self._compute_dtype == torch.bfloat16
-        with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=half):
-            totals = HeadTotals(self._loss(hidden_Nd, batch.labels_NK))
+    @property
+    def sharded(self) -> bool:
+        """Whether this worker holds only its part of what learns."""
+        return is_sharded(self._optimiser.parameters)
+
+    def whole_weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """What learns, by name, in main memory. Every worker must call it where they are sharded; those that do not
+        `keep` get nothing."""
+        kept = {}
+        for name, parameter in self._optimiser.parameters.items():
+            gathered = whole(parameter.detach())
+            if keep:
+                kept[name] = gathered.cpu()
+        return kept
+
+    def trained_heads(self, weights: dict[str, Tensor]) -> DraftHeads:
+        """The heads of `whole_weights` as a module of their own, in the type that they are served in."""
+        token_map = self.heads.token_map.cpu() if self.heads.config.vocabulary == "truncated" else None
+        heads = type(self.heads)(self.heads.config, token_map)
+        heads.load_state_dict(_below(weights, "heads."), strict=False)
+        return heads.to(self.served_dtype)
+
+    @property
+    def served_dtype(self) -> torch.dtype:
+        """What heads and backbone are saved in: the backbone's type as it was loaded."""
+        return self._base_dtype
+
+    @property
+    def optimiser(self) -> Optimiser:
+        return self._optimiser
+
+    def _objective_module(self) -> nn.Module:
+        if self.adaptation is not None:
+            return JointObjective(self.adaptation, self.heads, self.config, self.fused)
+        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), self.fused)
+
+    def _hidden_source(self) -> Callable[[Batch], Tensor]:
+        if self.config.hidden_cache_gib > 0:
+            return CachedHidden(self.backbone, self.rows, self.config.hidden_cache_gib, self._pack_to)
+        return ComputedHidden(self.backbone)
+
+    def _batches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[Batch]:
+        size = self.config.micro_batch_size or max(len(indices), 1)
+        parts = [indices[start : start + size] for start in range(0, max(len(indices), 1), size)]
+        num_heads = self.heads.config.num_heads
+        return [collate(rows, part, num_heads, self._pack_to).to(self._device) for part in parts]
+
+    def _counts(self, batch: Batch) -> Tensor:
+        """What the sums are divided by: labels of each head, then of the language model."""
+        covered_K = count_covered(self.heads, batch.labels_NK, self.config.loss)
+        return torch.cat([covered_K, covered_K.new_tensor([len(batch.next_N)])])
+
+    def _backward(self, batch: Batch, counts: Tensor, weight: float) -> Totals:
+        with self._autocast():
+            sums: Sums = self._loss(batch, self.heads_only)
+        divisors = counts.clamp_min(1)
+        objective = weight * (self._weights_K * sums.heads_MK[0] / divisors[:-1]).sum() + sums.lm_L[0] / divisors[-1]
+        if self.heads_only and self.adaptation is not None and self.sampler.world_size > 1 and not self.sharded:
+            objective = objective + self._idle_backbone()
         # DDP averages gradients over the workers, each of which divides by the global count: undo the average.
-        objective = (self._weights_K * totals.loss_K / covered_K.clamp_min(1)).sum() * self.sampler.world_size
-        objective.backward()
-        return totals.detach()
+        (objective * self.sampler.world_size).backward()
+        return Totals.of(sums)
 
-    def _update(self) -> tuple[Tensor, float]:
-        rate = learning_rate(self.config, self.step, self.total_steps)
+    def _idle_backbone(self) -> Tensor:
+        """Nothing, from every parameter that rests in the first stage: DDP waits for a gradient of each."""
+        idle = [p for name, p in self._optimiser.parameters.items() if name.startswith("model.")]
+        return torch.stack([parameter.sum() for parameter in idle]).sum() * 0.0
+
+    def _update(self, rate: float) -> Tensor:
+        parameters = self._optimiser.parameters
+        if self.heads_only:
+            for name, parameter in parameters.items():
+                if name.startswith("model."):
+                    parameter.grad = None
         limit = self.config.grad_clip if self.config.grad_clip is not None else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.heads.parameters(), limit)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return grad_norm, rate
+        grad_norm = whole(nn.utils.clip_grad_norm_(list(parameters.values()), limit))
+        self._optimiser.step(rate)
+        return grad_norm
 
-    def _note_non_finite(self, totals: HeadTotals) -> None:
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half)
+
+    def _note_non_finite(self, totals: Totals) -> None:
         """Remembers the first bad step on the device; asking at once would make every step wait for it."""
-        bad_K = ~totals.loss_K.isfinite() & (self._first_bad_step_K == 0)
-        self._first_bad_step_K.masked_fill_(bad_K, self.step + 1)
+        losses = torch.cat([totals.heads.loss_K, totals.lm_L[:1]])
+        bad = ~losses.isfinite() & (self._first_bad_step == 0)
+        self._first_bad_step.masked_fill_(bad, self.step + 1)
         if self._device.type == "cpu":
             self.check_finite()
 
-    def _objective(self, totals: HeadTotals) -> Tensor:
-        return (self._weights_K * totals.mean_loss_K).sum()
+    def _objective(self, totals: Totals, weight: float) -> Tensor:
+        lm = totals.lm_L[0] / totals.lm_L[-1].clamp_min(1)
+        return weight * (self._weights_K * totals.heads.mean_loss_K).sum() + lm
 
     def _gradients_meet(self, last: bool) -> AbstractContextManager[None]:
         """Workers exchange gradients once a step, in the backward of the last micro-batch."""
         no_sync = getattr(self._loss, "no_sync", None)
         return nullcontext() if last or no_sync is None else no_sync()
+
+    def _over_workers(self, totals: Totals) -> Totals:
+        return Totals(HeadTotals(self._global_sum(totals.heads.values_MK)), self._global_sum(totals.lm_L))
 
     def _global_sum(self, values: Tensor) -> Tensor:
         if self.sampler.world_size > 1:
@@ -229,23 +375,6 @@ class Trainer:
             "bucket_batches": self.config.bucket_batches,
         }
 
-    def _optimizer_state(self) -> dict[str, Tensor]:
-        of_parameter = self._optimizer.state
-        return {
-            f"optimizer.{name}/{key}": value
-            for name, parameter in self.heads.named_parameters()
-            for key, value in of_parameter.get(parameter, {}).items()
-        }
-
-    def _load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        entries = self._optimizer.state_dict()
-        entries["state"] = {
-            index: {key: state[f"{name}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            for index, (name, _) in enumerate(self.heads.named_parameters())
-            if f"{name}/step" in state
-        }
-        self._optimizer.load_state_dict(entries)
-
 
 def _sampler(rows: Sequence[Row], config: TrainerConfig, rank: int, world_size: int) -> EpochSampler:
     return EpochSampler(
@@ -257,12 +386,6 @@ def _sampler(rows: Sequence[Row], config: TrainerConfig, rank: int, world_size: 
         lengths=[len(row) for row in rows],
         bucket_batches=config.bucket_batches,
     )
-
-
-def _hidden_source(backbone: Backbone, rows: Sequence[Row], config: TrainerConfig) -> Callable[[Batch], Tensor]:
-    if config.hidden_cache_gib > 0:
-        return CachedHidden(backbone, rows, config.hidden_cache_gib)
-    return ComputedHidden(backbone)
 
 
 def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -23,7 +23,10 @@ import ray
 from rich.console import Console
 
 from medusa import Engine
+from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, CheckpointMismatchError, save_checkpoint
+from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.loops import cut_at_loop
+from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from pipelines.answering import Conversation, ReplyConfig
 from pipelines.artifact import StepOutput
@@ -116,6 +119,8 @@ def test_every_conversation_is_accounted_for(undisturbed: StepOutput) -> None:
     assert manifest["reasons"] == {"ended_early": {"prompt refused": 1}, "failed": {"prompt refused": 1}}
     (failure,) = map(json.loads, (undisturbed.path / "failed.jsonl").read_text().splitlines())
     assert failure["id"] == "too long" and "96" in failure["detail"]
+    (cut,) = map(json.loads, (undisturbed.path / "incomplete.jsonl").read_text().splitlines())
+    assert (cut["id"], cut["outcome"], cut["reason"]) == ("later too long", "ended_early", "prompt refused")
     rows = rows_of(undisturbed)
     assert manifest["table"]["rows"] == len(rows) == 16 + 5 * 2 + 3 + 1
     assert manifest["table"]["completion_tokens"] == sum(len(row["completion_ids"]) for row in rows)
@@ -224,6 +229,58 @@ def test_a_block_that_always_kills_its_worker_stops_the_run(
         run(tmp_path / "r", tiny_llama, config, die_at=2)
 
 
+@pytest.fixture(scope="module")
+def earlier_heads(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads that start as the LM head, which a random model's next tokens agree with now and then."""
+    backbone = Backbone.from_pretrained(tiny_llama, device="cpu")
+    sizes = HeadsConfig(hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, num_heads=2)
+    heads = MedusaHeads.initialised(sizes, backbone.lm_head_weight)
+    reference = BackboneRef(name=backbone.name, weights_digest=backbone.digest)
+    trees = [[], [[k] for k in range(8)] + [[0, k] for k in range(7)]]
+    calibration = Calibration(accuracy=[[0.1] * 8] * 2, num_positions=1)
+    meta = CheckpointMeta(heads=sizes, backbone=reference, trees=trees, calibration=calibration)
+    folder = tmp_path_factory.mktemp("heads") / "earlier"
+    save_checkpoint(folder, heads, meta)
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.5])
+def test_heads_of_an_earlier_version_change_no_token(
+    tiny_llama: Path, earlier_heads: Path, tmp_path: Path, temperature: float
+) -> None:
+    settings = {**CONFIG.__dict__, "num_actors": 0, "temperature": temperature, "cut_loops": False}
+    plain = run(tmp_path / "plain", tiny_llama, DistillConfig(**settings))
+    faster = DistillConfig(**settings | {"heads": str(earlier_heads), "speculation": 16})
+    output = run(tmp_path / "faster", tiny_llama, faster)
+    assert rows_of(output) == rows_of(plain)
+    assert output.key == plain.key
+    assert output.manifest["stepping"]["tokens"] == plain.manifest["stepping"]["tokens"]
+    assert output.manifest["stepping"]["replies_stepped"] < plain.manifest["stepping"]["replies_stepped"]
+
+
+def test_without_ray_the_tokens_are_the_same(undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path) -> None:
+    here = run(tmp_path / "r", tiny_llama, DistillConfig(**{**CONFIG.__dict__, "num_actors": 0}))
+    assert rows_of(here) == rows_of(undisturbed)
+    assert here.manifest["counts"] == undisturbed.manifest["counts"]
+
+
+def test_each_temperature_is_a_run_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    outputs = [
+        run(tmp_path / "r", tiny_llama, DistillConfig(**{**CONFIG.__dict__, "num_actors": 0, "temperature": t}))
+        for t in (0.0, 1.0)
+    ]
+    assert outputs[0].key != outputs[1].key and rows_of(outputs[0]) != rows_of(outputs[1])
+
+
+def test_heads_of_another_backbone_are_refused_before_any_work(
+    earlier_heads: Path, make_backbone_dir: Any, tmp_path: Path
+) -> None:
+    other = make_backbone_dir("llama", seed=4)
+    with pytest.raises(CheckpointMismatchError, match=r"distill\.heads=.* belongs to"):
+        run(tmp_path / "r", other, DistillConfig(**{**CONFIG.__dict__, "heads": str(earlier_heads)}))
+    assert not (tmp_path / "r" / "distill").exists()
+
+
 def wait_for_blocks(root: Path, number: int, driver: subprocess.Popen[bytes]) -> dict[Path, int]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -322,7 +379,7 @@ def test_an_attempt_too_many_is_refused(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"rows_per_block": 0}, "rows_per_block must be at least 1"),
-        ({"num_actors": 0}, "num_actors must be at least 1"),
+        ({"num_actors": -1}, "num_actors must be 0 "),
         ({"max_failed": 2}, "max_failed is a fraction"),
         ({"temperature": -1}, "temperature"),
     ],

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +52,31 @@ def chat(*contents: str) -> list[dict[str, str]]:
             {"id": "p", "messages": [{"role": "user", "content": [{"type": "text", "text": "q"}] * 2}]},
             Prompt("p", ("qq",)),
         ),
+        (  # UltraChat 200k repeats the first turn as "prompt"
+            {"prompt": "q1", "prompt_id": "f0e3", "messages": chat("q1", "r1", "q2", "r2")},
+            Prompt("f0e3", ("q1", "q2")),
+        ),
+        ({"id": "0", "data": ["q1", "r1", "q2", "r2"]}, Prompt("0", ("q1", "q2"))),
+        (
+            {"id": "w", "conversations": [{"from": r, "value": r} for r in ("system", "human", "chatgpt", "human")]},
+            Prompt("w", ("human", "human"), "system"),
+        ),
+        (
+            {"instruction": "q", "output": "r", "generator": "text_davinci_003", "dataset": "helpful_base", "id": 4},
+            Prompt("4", ("q",), None, "helpful_base"),
+        ),
+        (
+            {"id": "alpaca", "instruction": "Sum up.", "input": "Text.", "output": "r"},
+            Prompt("alpaca", ("Sum up.\n\nText.",)),
+        ),
+        ({"id": "none", "instruction": "q", "input": "", "messages": None}, Prompt("none", ("q",))),
+        (
+            {"custom_id": "r-1", "url": "/v1/chat/completions", "body": {"model": "m", "messages": chat("q")}},
+            Prompt("r-1", ("q",)),
+        ),
+        ({"question_id": 81, "turns": ["q1"]}, Prompt("81", ("q1",))),
+        ({"conversation_id": "l", "conversation": chat("q", "r"), "turn": 1}, Prompt("l", ("q",))),
+        ({"id": "pref", "prompt": chat("q"), "chosen": chat("q", "r")}, Prompt("pref", ("q",))),
     ],
 )
 def test_rows_of_every_shape_become_user_turns(row: dict[str, Any], expected: Prompt) -> None:
@@ -61,7 +87,10 @@ def test_rows_of_every_shape_become_user_turns(row: dict[str, Any], expected: Pr
     ("row", "reason"),
     [
         ("text", "a row is an object"),
-        ({"id": "a"}, "none of messages, conversations, turns, prompt"),
+        ({"id": "a"}, "none of messages, conversations, .*, prompt is there; the keys are \\['id'\\]"),
+        ({"custom_id": "e", "body": {"input": "text"}}, "body must hold messages"),
+        ({"data": "q"}, "data must be a list, got str"),
+        ({"instruction": "q", "input": 3}, "content must be text, got int"),
         ({"messages": chat()}, "no user turn"),
         ({"messages": [{"role": "assistant", "content": "r"}]}, "no user turn"),
         ({"turns": ["q", "  "]}, "user turn 2 is empty"),
@@ -115,6 +144,57 @@ def test_bad_rows_are_kept_aside_with_line_and_reason(tmp_path: Path) -> None:
     assert output.manifest["counts"]["rejected"] == 4 and output.manifest["counts"]["input"] == 5
     kept = [json.loads(line) for line in (output.path / "rejected.jsonl").read_text().splitlines()]
     assert [row["line"] for row in kept] == [3, 4, 5, 6] and kept[2]["reason"].startswith("no user turn")
+
+
+def test_datasets_of_hugging_face_are_read(tmp_path: Path) -> None:
+    rows = [{"id": str(i), "messages": chat(f"q{i}", "r")} for i in range(2_500)]
+    expected = [Prompt(str(i), (f"q{i}",)) for i in range(2_500)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.save_to_disk(tmp_path / "saved", num_shards=3)
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 3
+    assert read_prompts(tmp_path / "saved") == (expected, [])
+    datasets.DatasetDict(train=dataset).save_to_disk(tmp_path / "one split")
+    assert read_prompts(tmp_path / "one split") == (expected, [])
+    datasets.DatasetDict(train=dataset, test=dataset.select(range(5))).save_to_disk(tmp_path / "two splits")
+    assert read_prompts(tmp_path / "two splits" / "test") == (expected[:5], [])
+    with pytest.raises(PromptError, match=r"holds the splits \['train', 'test'\]; give one of them"):
+        read_prompts(tmp_path / "two splits")
+
+
+def test_a_snapshot_of_parquet_files_is_read_by_split(tmp_path: Path) -> None:
+    snapshot = tmp_path / "ultrachat"
+    (snapshot / "data").mkdir(parents=True)
+    (snapshot / "README.md").write_text("a card")
+    for name, numbers in {
+        "train_sft-00000-of-00002": [0, 1],
+        "train_sft-00001-of-00002": [2],
+        "test_sft-00000-of-00001": [3],
+    }.items():
+        rows = [{"prompt": f"q{i}", "prompt_id": f"p{i}", "messages": chat(f"q{i}", "r", "more")} for i in numbers]
+        pq.write_table(pa.Table.from_pylist(rows), snapshot / "data" / f"{name}.parquet")
+    with pytest.raises(
+        PromptError, match=r"the splits \['test_sft', 'train_sft'\]; choose by a pattern, such as .*train_sft-\*"
+    ):
+        read_prompts(snapshot)
+    chosen = snapshot / "data" / "train_sft-*.parquet"
+    assert read_prompts(chosen)[0] == [Prompt(f"p{i}", (f"q{i}", "more")) for i in range(3)]
+    output = prepare(tmp_path, path=str(chosen))
+    assert output.manifest["counts"]["written"] == 3
+    pq.write_table(pa.Table.from_pylist([{"prompt": "new"}]), snapshot / "data" / "train_sft-00002-of-00003.parquet")
+    assert prepare(tmp_path, path=str(chosen)).key != output.key
+    with pytest.raises(PromptError, match="no file has such a name"):
+        read_prompts(snapshot / "data" / "valid-*.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PromptError, match=r"holds no dataset and no file ending in \.parquet"):
+        read_prompts(tmp_path / "empty")
+
+
+def test_a_rejected_row_of_several_files_names_its_file(tmp_path: Path) -> None:
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", {"prompt": f"good {name}"}, {"prompt": ""})
+    prompts, rejected = read_prompts(tmp_path / "?.jsonl")
+    assert [prompt.turns for prompt in prompts] == [("good a",), ("good b",)]
+    assert [(row.file, row.line) for row in rejected] == [("a.jsonl", 2), ("b.jsonl", 2)]
 
 
 def test_equal_duplicates_are_dropped_and_counted(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from medusa.checkpoint import BackboneRef, CheckpointMeta
 from medusa.config import ConfigError, to_dict
 from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig
+from medusa.model import weights_digest
 from pipelines.artifact import StepOutput, open_step
-from pipelines.register import RegisterConfig, champion_folder, model_name, register
+from pipelines.register import RegisterConfig, champion_folder, champion_for, model_name, register
 from pipelines.tracking import Tracker, TrackingConfig, TrackingUnavailable
 from registry.connection import MlflowUnavailable
 from registry.gate import ConcurrencyResult, EvaluationSet, EvaluationSummary, GateConfig, GateRefused, Measurement
@@ -36,12 +37,12 @@ class Project:
     uri: str
     folder: Path
 
-    def checkpoint(self, content: str, backbone: str = "org/tiny-llama") -> Path:
+    def checkpoint(self, content: str, backbone: str = "org/tiny-llama", weights_digest: str = "sha256:b") -> Path:
         path = self.folder / "checkpoints" / content
         path.mkdir(parents=True)
         meta = CheckpointMeta(
             heads=HeadsConfig(hidden_size=64, vocab_size=512),
-            backbone=BackboneRef(name=backbone, weights_digest="sha256:b", tokenizer_digest="sha256:t"),
+            backbone=BackboneRef(name=backbone, weights_digest=weights_digest, tokenizer_digest="sha256:t"),
             training={"data_digest": "sha256:d", "steps": 100},
         )
         (path / "medusa.json").write_text(json.dumps(to_dict(meta)))
@@ -156,6 +157,22 @@ def test_a_better_version_replaces_the_champion_that_it_was_measured_against(pro
     assert project.champion_folder(new) == rival
     assert project.champion_folder(old) != rival
     assert project.register(new, evaluation) == output
+
+
+def test_the_champion_of_a_backbone_is_found_for_that_backbone_alone(
+    project: Project, tiny_llama: Path, make_backbone_dir: Callable[..., Path]
+):
+    def found(backbone: Path, **config: Any) -> Path | None:
+        return project.within(lambda c: champion_for(c, RegisterConfig(**config), str(backbone)))
+
+    assert found(tiny_llama, name=NAME) is None  # no version yet
+    checkpoint = project.checkpoint("a", weights_digest=weights_digest(tiny_llama))
+    project.register(checkpoint, project.evaluation(checkpoint))
+    heads = found(tiny_llama, name=NAME)
+    assert heads is not None and directory_digest(heads) == directory_digest(checkpoint)
+    assert found(make_backbone_dir("llama", seed=7), name=NAME) is None
+    assert found(tiny_llama) is None  # another name: that of the folder
+    assert project.within(lambda c: champion_for(c, RegisterConfig(name=NAME), str(tiny_llama)), uri=None) is None
 
 
 def test_a_worse_version_is_refused_and_stays_challenger(project: Project):

@@ -230,7 +230,7 @@ def test_rows_come_by_id_and_turn_whatever_the_files(tmp_path: Path) -> None:
     rows, held_back = read_rows(distilled.path / "data", 0.0)
     table = pq.read_table(distilled.path / "data").to_pylist()
     expected = sorted(table, key=lambda row: (row["id"], row["turn"]))
-    assert held_back == 0
+    assert held_back == []
     assert [row.token_ids.tolist() for row in rows] == [r["prompt_ids"] + r["completion_ids"] for r in expected]
 
 

@@ -88,7 +88,7 @@ def test_pitfall_packing_label_never_crosses_a_sample_boundary():
 def test_pitfall_truncated_reply_gets_no_false_end():
     end = 2
     rows, counts = fit_rows([Row.of([5, 6], [7, 8, 9, end])], max_length=5)
-    assert collate(rows, [0], NUM_HEADS).labels_NK.tolist() == [[8, 9, IGNORE], [9, IGNORE, IGNORE]]
+    assert collate(rows, [0], NUM_HEADS).labels_NK.tolist() == [[8, 9, IGNORE], [9, IGNORE, IGNORE], [IGNORE] * 3]
     assert (counts.truncated, counts.tokens_cut) == (1, 1)
 
 
@@ -111,15 +111,22 @@ def test_row_without_a_prompt_is_refused():
         Row.of([], [1, 2])
 
 
-def test_collate_keeps_exactly_the_labelled_positions_in_row_order():
+def test_collate_keeps_exactly_the_positions_that_predict_a_reply_token_in_row_order():
     rows = random_rows(3)
     indices = [5, 0, 17]
     batch = collate(rows, indices, NUM_HEADS)
     labels_BTK = padded_labels([rows[i] for i in indices], NUM_HEADS)
-    labelled_BT = (labels_BTK != IGNORE).any(-1)
-    assert torch.equal(batch.labels_NK, labels_BTK[labelled_BT])
-    assert batch.positions_per_row == tuple(labelled_BT.sum(1).tolist())
+    by_hand = [(b, t) for b, i in enumerate(indices) for t in range(rows[i].prompt_length - 1, len(rows[i]) - 1)]
+    assert batch.labels_NK.tolist() == [labels_BTK[b, t].tolist() for b, t in by_hand]
+    assert batch.next_N.tolist() == [rows[indices[b]].token_ids[t + 1].item() for b, t in by_hand]
+    assert (batch.labels_NK != IGNORE).sum() == (labels_BTK != IGNORE).sum()
     assert batch.positions_per_row == tuple(rows[i].num_positions for i in indices)
+
+
+def test_ahead_are_the_tokens_that_each_head_follows():
+    row = Row.of([1, 2], [3, 4, 5, 6])
+    ahead_NK = collate([row], [0], NUM_HEADS).ahead_NK
+    assert ahead_NK.tolist() == [[3, 4, 5], [4, 5, 6], [5, 6, 0], [6, 0, 0]]
 
 
 def test_collate_of_no_rows_is_padding_without_labels():

@@ -9,7 +9,7 @@ import torch
 
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.training.batch import IGNORE
-from medusa.training.loss import HeadsLoss, count_covered, head_weights, heads_loss, heads_loss_eager
+from medusa.training.loss import count_covered, head_weights, heads_loss, heads_loss_eager
 
 NUM_HEADS, HIDDEN, VOCAB = 3, 6, 11
 TOKEN_MAP = torch.tensor([0, 2, 3, 7, 10])
@@ -139,16 +139,10 @@ def test_hits_count_the_rank_of_the_label():
 
 def test_no_positions_give_zeros_and_zero_gradients():
     heads, hidden_Nd, labels_NK, lm_head_weight = make_case("own")
-    values_MK = HeadsLoss(heads, lm_head_weight, plain, 8)(hidden_Nd[:0], labels_NK[:0])
+    values_MK = heads_loss(heads, hidden_Nd[:0], labels_NK[:0], lm_head_weight, plain).values_MK
     values_MK[0].sum().backward()
     assert values_MK.abs().sum() == 0
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in heads.parameters())
-
-
-def test_frozen_lm_head_is_no_parameter_of_the_loss():
-    heads, _, _, lm_head_weight = make_case("shared")
-    names = [name for name, _ in HeadsLoss(heads, lm_head_weight, plain, 8).named_parameters()]
-    assert len(names) == NUM_HEADS * 2 * 2 and all(".linear." in name for name in names)
 
 
 def test_uniform_logits_cost_log_of_the_vocabulary():

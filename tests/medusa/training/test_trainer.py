@@ -93,7 +93,7 @@ def test_pitfall_normaliser_padding_and_prompts_do_not_dilute_the_loss(backbone)
 
 def lambda_sampler(indices):
     class Fixed:
-        world_size = 1
+        rank, world_size = 0, 1
 
         def __call__(self, step):
             return indices
@@ -113,8 +113,13 @@ def test_micro_batches_change_no_numbers(backbone):
 def test_hidden_cache_changes_no_numbers_and_computes_each_row_once(backbone, monkeypatch):
     without = run(make_trainer(backbone, epochs=3))
     rows_computed = []
-    compute = backbone.hidden_states
-    monkeypatch.setattr(backbone, "hidden_states", lambda ids_BT: rows_computed.append(len(ids_BT)) or compute(ids_BT))
+    compute = backbone.trainable_hidden_states
+
+    def counted(ids_BT, position_ids_BT):
+        rows_computed.append(len(ids_BT))
+        return compute(ids_BT, position_ids_BT)
+
+    monkeypatch.setattr(backbone, "trainable_hidden_states", counted)
     cached = run(make_trainer(backbone, epochs=3, hidden_cache_gib=0.1))
     assert cached == pytest.approx(without, rel=1e-5)
     assert sum(rows_computed) == len(make_rows())
@@ -177,9 +182,9 @@ class Poisoned(Trainer):
     poisoned_step = 3
 
     def train_step(self, batches):
-        compute = self._hidden
+        compute = self._loss.hidden
         if self.step + 1 == self.poisoned_step:
-            self._hidden = lambda batch: torch.full_like(compute(batch), math.nan)
+            self._loss.hidden = lambda batch: torch.full_like(compute(batch), math.nan)
         return super().train_step(batches)
 
 

@@ -1,0 +1,1 @@
+"""Medusa heads for other programs, and other programs' heads for this one."""

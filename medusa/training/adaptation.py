@@ -1,0 +1,145 @@
+"""How the backbone of Medusa-2 learns, and what it was before: the two sides of self-distillation.
+
+With LoRA both are one model: the adapter switched off is the base, to the last bit and without a second copy. Full
+fine-tuning keeps a frozen copy. The student runs in training mode (dropout, activation checkpointing), the teacher not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medusa.model import Backbone
+from medusa.training.batch import Batch
+from medusa.training.hidden import forward
+from medusa.training.schedule import JointConfig, TrainerConfig
+
+
+class AdaptationError(ValueError):
+    """This backbone cannot be trained as asked; the message says why and what to do."""
+
+
+class Adaptation(Protocol):
+    """A backbone whose weights, some or all, have become trainable. `backbone` is the student."""
+
+    backbone: Backbone
+
+    def student(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states [N, d] and the LM head's matrix [V, d], with gradient."""
+        ...
+
+    def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same of the base model, without."""
+        ...
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        """Writes what the base needs to become the student: an adapter (LoRA) or a model folder (full). `weights` are
+        those that learn, by their names in the model."""
+        ...
+
+
+def adapt(backbone: Backbone, config: TrainerConfig) -> Adaptation:
+    """Makes the backbone trainable, in place."""
+    joint = config.joint
+    if joint is None:
+        raise ValueError("the backbone learns only with a joint configuration, got none")
+    lora = joint.method == "lora"
+    adaptation = LoraAdaptation(backbone, joint, config.seed) if lora else FullAdaptation(backbone, joint)
+    if config.activation_checkpointing:
+        backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adaptation
+
+
+class LoraAdaptation:
+    """Adapters on every linear layer but the LM head; on that too where `train_lm_head` asks for it."""
+
+    def __init__(self, backbone: Backbone, joint: JointConfig, seed: int) -> None:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        head = backbone.model.get_output_embeddings()
+        if joint.train_lm_head and head.weight is backbone.model.get_input_embeddings().weight:
+            raise AdaptationError(
+                f"{backbone.name} ties its LM head to its embeddings, which an adapter on one of them would part; "
+                "set train_lm_head to false"
+            )
+        names = [name for name, module in backbone.model.named_modules() if type(module) is nn.Linear]
+        head_name = next(name for name, module in backbone.model.named_modules() if module is head)
+        targets = [name for name in names if name != head_name] + ([head_name] if joint.train_lm_head else [])
+        self.backbone = backbone
+        lora = LoraConfig(
+            r=joint.rank, lora_alpha=joint.alpha, lora_dropout=joint.dropout, target_modules=targets, bias="none"
+        )
+        with torch.random.fork_rng([backbone.device] if backbone.device.type == "cuda" else []):
+            torch.manual_seed(seed)  # every worker and every start draws the same A
+            self._peft = get_peft_model(backbone.model, lora)
+        self._layers = [module for module in backbone.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def student(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.backbone.model.train()
+        return forward(self.backbone, batch), self._student_weight()
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with self._switched_off():
+            self.backbone.model.eval()
+            return forward(self.backbone, batch), self.backbone.lm_head_weight.detach()
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
+        self._peft.peft_config["default"].base_model_name_or_path = self.backbone.name  # not a path of this machine
+        self._peft.save_pretrained(directory, state_dict=named, save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # a template of peft's with nothing filled in
+
+    def _student_weight(self) -> Tensor:
+        """W + scale * B A as one matrix, since the chunked losses multiply by the matrix themselves."""
+        head = self.backbone.model.get_output_embeddings()
+        if head not in self._layers:
+            return head.weight
+        a, b = head.lora_A["default"].weight, head.lora_B["default"].weight
+        return head.weight + (head.scaling["default"] * (b @ a)).to(head.weight.dtype)
+
+    @contextmanager
+    def _switched_off(self) -> Iterator[None]:
+        """The flag alone: peft's own context manager also turns off the adapters' requires_grad, which wrappers of
+        distributed training do not expect."""
+        for layer in self._layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer._disable_adapters = False
+
+
+class FullAdaptation:
+    """Every weight learns, in float32; the base stays beside it as it was."""
+
+    def __init__(self, backbone: Backbone, joint: JointConfig) -> None:
+        self.backbone = backbone
+        self._base_dtype = backbone.dtype
+        self._base: Backbone | None = None
+        if joint.lm_loss == "distill" or joint.heads_only_ratio > 0:
+            self._base = Backbone(copy.deepcopy(backbone.model), name=backbone.name, digest="")
+        backbone.model.requires_grad_(True).float()
+
+    def student(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.backbone.model.train()
+        return forward(self.backbone, batch), self.backbone.lm_head_weight
+
+    @torch.no_grad()
+    def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self._base is None:
+            raise ValueError("without distillation no copy of the base was kept")
+        return forward(self._base, batch), self._base.lm_head_weight
+
+    def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
+        named = {name: weight.to(self._base_dtype) for name, weight in weights.items()}
+        self.backbone.model.config.dtype = self._base_dtype
+        self.backbone.model.save_pretrained(directory, state_dict=named)

@@ -1,0 +1,152 @@
+"""Losses over a vocabulary whose logits exist for one chunk of rows at a time.
+
+Logits are the large thing: K heads of [N, V]. Loss, hits and gradients of a chunk are all taken while its logits
+exist, so nothing of size N x V is ever held. The gradient of the logits is taken in the forward: the backward then
+needs no second product with the vocabulary matrix, and holds one gradient of each input until it comes.
+
+Axes: N rows, V the vocabulary of a head, d hidden size, M sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from medusa.training.batch import IGNORE
+
+Cap = Callable[[Tensor], Tensor]
+RowLoss = Callable[[Tensor, slice], Tensor]  # capped logits of some rows, which rows -> their sums [M], the loss first
+
+
+def chunked(
+    features_Nd: Tensor, weight_Vd: Tensor, row_loss: RowLoss, cap: Cap, *, num_sums: int, chunk_size: int
+) -> Tensor:
+    """The sums of `row_loss` over all rows of `cap(features @ weight.T)`, [M] in float64; the first has gradient."""
+    sums_M: Tensor = _Chunked.apply(
+        features_Nd, weight_Vd, row_loss, cap, num_sums, chunk_size, torch.is_grad_enabled()
+    )
+    return sums_M
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features_Nd: Tensor,
+        weight_Vd: Tensor,
+        row_loss: RowLoss,
+        cap: Cap,
+        num_sums: int,
+        chunk_size: int,
+        grad: bool,
+    ) -> Tensor:
+        compute_weight_Vd = weight_Vd.to(features_Nd.dtype)
+        grad_features_Nd = torch.empty_like(features_Nd) if grad and ctx.needs_input_grad[0] else None
+        grad_weight_Vd = torch.zeros_like(weight_Vd) if grad and ctx.needs_input_grad[1] else None
+        learns = grad_features_Nd is not None or grad_weight_Vd is not None
+        sums_M = torch.zeros(num_sums, dtype=torch.float64, device=features_Nd.device)
+        for start in range(0, len(features_Nd), chunk_size):
+            rows = slice(start, start + chunk_size)
+            raw = widened(features_Nd[rows] @ compute_weight_Vd.T).requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                part_M = row_loss(cap(raw), rows)
+                loss = part_M[0]
+            sums_M += part_M.detach()
+            if not learns:
+                continue
+            grad_raw = torch.autograd.grad(loss, raw)[0].to(features_Nd.dtype)
+            if grad_features_Nd is not None:
+                grad_features_Nd[rows] = grad_raw @ compute_weight_Vd
+            if grad_weight_Vd is not None:
+                grad_weight_Vd += grad_raw.T @ features_Nd[rows]
+        ctx.save_for_backward(grad_features_Nd, grad_weight_Vd)
+        return sums_M
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_M: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (None if g is None else g * grad_M[0].to(g.dtype) for g in ctx.saved_tensors)
+        return *gradients, None, None, None, None, None
+
+
+def widened(raw_logits: Tensor) -> Tensor:
+    """Softmax over a large vocabulary needs float32 at least."""
+    return raw_logits.to(torch.promote_types(raw_logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Cross-entropy with a target column a row (IGNORE: none). Sums: loss, top-1 hits, top-5 hits."""
+
+    targets_N: Tensor
+    num_sums = 3
+
+    def __call__(self, logits_NV: Tensor, rows: slice) -> Tensor:
+        targets_N = self.targets_N[rows]
+        loss = cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum").double()
+        return torch.stack([loss, *hits(logits_NV, targets_N)])
+
+
+@dataclass(frozen=True)
+class TeacherLoss:
+    """Distance from a teacher's distribution, whose logits too exist for a chunk only. Sums: loss, top-1 and top-5 hits
+    of the targets, overlap of the two distributions (what a draft drawn from the one is accepted with by the other),
+    rows that count.
+
+    `lk_eta` None: KL(teacher || student). Otherwise the LK hybrid w KL + (1 - w) TV, w = exp(-lk_eta * overlap), where
+    w has no gradient (arXiv 2602.23881). `tokens_share` of cross-entropy with the target is mixed in. Rows count where
+    they have a target; `columns` are the student's of the teacher's vocabulary: what the teacher holds outside them
+    counts as missed.
+    """
+
+    teacher_Nd: Tensor
+    teacher_weight_Vd: Tensor
+    cap: Cap
+    counts_N: Tensor
+    targets_N: Tensor
+    columns: Tensor | None = None
+    temperature: float = 1.0
+    lk_eta: float | None = None
+    tokens_share: float = 0.0
+    num_sums = 5
+
+    def __call__(self, logits_NV: Tensor, rows: slice) -> Tensor:
+        targets_N, counts_N = self.targets_N[rows], self.counts_N[rows].double()
+        log_q_NV = logits_NV.log_softmax(-1)
+        log_p_NV = self._teacher(rows)
+        p_NV = log_p_NV.exp()
+        # xlogy of p with itself, but where p is 0: a masked-out token of the teacher costs nothing
+        kl_N = (p_NV * (log_p_NV.clamp_min(-1e4) - log_q_NV)).sum(-1)
+        # the smaller of the two is a choice per token: TV = 1 - overlap has the gradient of the student's share of it
+        overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
+        loss_N = kl_N
+        if self.lk_eta is not None:
+            weight_N = torch.exp(-self.lk_eta * overlap_N.detach())
+            loss_N = weight_N * kl_N + (1 - weight_N) * (1 - overlap_N)
+        if self.tokens_share:
+            token_N = cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="none")
+            loss_N = (1 - self.tokens_share) * loss_N + self.tokens_share * token_N
+        loss = (loss_N.double() * counts_N).sum()
+        overlap = (overlap_N.detach().double() * counts_N).sum()
+        return torch.stack([loss, *hits(logits_NV, targets_N), overlap, counts_N.sum()])
+
+    @torch.no_grad()
+    def _teacher(self, rows: slice) -> Tensor:
+        weight_Vd = self.teacher_weight_Vd.to(self.teacher_Nd.dtype)
+        logits_NV = self.cap(widened(self.teacher_Nd[rows] @ weight_Vd.T))
+        log_p_NV = (logits_NV / self.temperature).log_softmax(-1)
+        return log_p_NV if self.columns is None else log_p_NV[:, self.columns]
+
+
+@torch.no_grad()
+def hits(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """How many targets are the row's best logit, and among its five best."""
+    at_target_N1 = logits_NV.gather(1, targets_N.clamp_min(0)[:, None])
+    better_N = (logits_NV > at_target_N1).sum(1).masked_fill(targets_N == IGNORE, logits_NV.shape[1])
+    top5_limit = min(5, logits_NV.shape[1])
+    return (better_N < 1).sum().double(), (better_N < top5_limit).sum().double()

@@ -1,0 +1,136 @@
+"""figures.yaml, checked; and results that say what they rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from medusa.config import ConfigError, load_config, strict
+from pipelines.plan.shapes import ModelShape
+
+FIGURES = Path(__file__).with_name("figures.yaml")
+SIMILAR = 4.0  # a measurement speaks for models up to so much larger or smaller
+Method = Literal["heads", "lora", "full"]
+Basis = Literal["measured", "derived", "published", "estimate"]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    memory_gb: float
+    bandwidth_tb_s: float
+    bf16_tflops: float
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class DecodeRow:
+    gpu: str
+    model: str
+    batch: int
+    nodes: int
+    seconds: float
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class TrainRow:
+    gpu: str
+    model: str
+    method: Method
+    tokens_per_second: float
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class LadderRow:
+    model: str
+    temperature: float
+    nodes: dict[int, float]
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    decode: list[DecodeRow] = field(default_factory=list)
+    train: list[TrainRow] = field(default_factory=list)
+    tokens_per_step: list[LadderRow]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class PublishedRow:
+    model: str
+    heads: float | None
+    joint: float | None
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    tokens_per_step: list[PublishedRow]
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    decode_bandwidth_share: float
+    decode_compute_share: float
+    step_overhead_us_per_layer: float
+    prefill_compute_share: float
+    train_compute_share: dict[Method, float]
+    tokens_per_step_64: dict[Literal["heads", "joint"], float]
+    memory_share: float
+    runtime_gb: float
+    utilisation: float
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    gpus: dict[str, Gpu]
+    models: dict[str, ModelShape]
+    measured: Measured
+    published: Published
+    assumptions: Assumptions
+
+    def gpu(self, name: str) -> Gpu:
+        if name not in self.gpus:
+            raise ConfigError(f"no figures of the GPU {name!r}; known are {', '.join(self.gpus)}")
+        return self.gpus[name]
+
+    def similar(self, model: str, parameters: int) -> Iterator[str]:
+        """Models that a measurement for `model` may stand on: itself first, then those of about its size, nearest
+        first."""
+        if model in self.models:
+            yield model
+        sizes = {name: shape.parameters / parameters for name, shape in self.models.items() if name != model}
+        near = {name: max(ratio, 1 / ratio) for name, ratio in sizes.items()}
+        yield from sorted((name for name, ratio in near.items() if ratio <= SIMILAR), key=near.__getitem__)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and what it rests on. `basis` "measured": on this GPU with this model. "derived": a formula scaled by a
+    measurement of a similar model on this GPU. "published": by others. "estimate": the formula alone."""
+
+    value: float
+    basis: Basis
+    how: str
+
+
+def load_figures(path: Path = FIGURES) -> Figures:
+    return load_config(Figures, path)
+
+
+def weakest(*figures: Figure) -> Basis:
+    """What a result rests on that needs all of these."""
+    order: tuple[Basis, ...] = ("measured", "derived", "published", "estimate")
+    return max((figure.basis for figure in figures), key=order.index)

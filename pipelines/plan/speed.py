@@ -1,0 +1,87 @@
+"""How long things take: a formula from the GPU's data sheet, corrected by measurements where there are any.
+
+    decode step   max(bytes / (bandwidth * share), flops / (rate * share)) + layers * overhead
+    prefill       flops / (rate * share)
+    training      flops a token / (rate * share)
+
+Bytes are the weights, the heads and the cache of every sequence; flops are 2 a parameter and row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipelines.plan.figures import Figure, Figures, Gpu, Method
+from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
+
+TERA = 1e12
+CONTEXT = 512  # committed tokens that a measured decode step is taken to have had
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A model on a GPU, and the figures to judge it by."""
+
+    model: str
+    shape: ModelShape
+    gpu_name: str
+    figures: Figures
+
+    @property
+    def gpu(self) -> Gpu:
+        return self.figures.gpu(self.gpu_name)
+
+
+def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsCost | None) -> Figure:
+    """Seconds of one step of `batch` sequences with trees of `nodes` over `context` tokens each."""
+    formula = decode_formula(machine, machine.shape, batch, nodes, context, heads)
+    for name in machine.figures.similar(machine.model, machine.shape.parameters):
+        rows = [row for row in machine.figures.measured.decode if (row.gpu, row.model) == (machine.gpu_name, name)]
+        if not rows:
+            continue
+        exact = [row for row in rows if (row.batch, row.nodes) == (batch, nodes)]
+        if name == machine.model and exact:
+            return Figure(exact[0].seconds, "measured", exact[0].source)
+        near = min(rows, key=lambda row: _distance(row.batch, batch) + _distance(row.nodes, nodes))
+        said = decode_formula(machine, machine.figures.models[name], near.batch, near.nodes, CONTEXT, heads)
+        how = f"formula * {near.seconds / said:.2f}, as {name} at {near.batch} x {near.nodes} ({near.source})"
+        return Figure(formula * near.seconds / said, "derived", how)
+    return Figure(formula, "estimate", "bytes and flops of the data sheet at assumed shares")
+
+
+def decode_formula(
+    machine: Machine, shape: ModelShape, batch: int, nodes: int, context: int, heads: HeadsCost | None
+) -> float:
+    assumed, gpu, rows = machine.figures.assumptions, machine.gpu, batch * nodes
+    weights = shape.parameters - (0 if shape.tied else shape.vocabulary_parameters)  # embeddings: a row a token
+    guessing = heads if heads is not None and nodes > 1 else HeadsCost(0, 0, 0)
+    read = BF16 * (weights + guessing.read) + batch * context * shape.kv_bytes_per_token
+    flops = 2 * rows * weights + 2 * batch * guessing.multiplied
+    reading = read / (gpu.bandwidth_tb_s * TERA * assumed.decode_bandwidth_share)
+    computing = flops / (gpu.bf16_tflops * TERA * assumed.decode_compute_share)
+    return max(reading, computing) + shape.num_layers * assumed.step_overhead_us_per_layer * 1e-6
+
+
+def prefill(machine: Machine, tokens: int) -> Figure:
+    """Seconds of reading a prompt."""
+    rate = machine.gpu.bf16_tflops * TERA * machine.figures.assumptions.prefill_compute_share
+    return Figure(2 * machine.shape.layer_parameters * tokens / rate, "estimate", "flops at an assumed share")
+
+
+def train_speed(machine: Machine, method: Method, flops_per_token: float) -> Figure:
+    """Tokens a second of one GPU."""
+    rate = machine.gpu.bf16_tflops * TERA
+    for name in machine.figures.similar(machine.model, machine.shape.parameters):
+        for row in machine.figures.measured.train:
+            if (row.gpu, row.model, row.method) != (machine.gpu_name, name, method):
+                continue
+            if name == machine.model:
+                return Figure(row.tokens_per_second, "measured", row.source)
+            ratio = machine.figures.models[name].parameters / machine.shape.parameters
+            return Figure(row.tokens_per_second * ratio, "derived", f"as {name} ({row.source}), by parameters")
+    share = machine.figures.assumptions.train_compute_share[method]
+    return Figure(rate * share / flops_per_token, "estimate", f"flops a token at {share:.0%} of the data sheet's rate")
+
+
+def _distance(a: int, b: int) -> float:
+    return max(a / b, b / a)

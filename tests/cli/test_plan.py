@@ -1,0 +1,60 @@
+"""`medusa plan` from the command line: what it prints names its basis, and JSON holds all of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cli.main import app
+from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
+from medusa.config import ConfigError
+from medusa.heads import HeadsConfig, MedusaHeads
+
+DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "configs" / "demo.yaml"
+VICUNA = "lmsys/vicuna-7b-v1.5"
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_a_training_plan_says_what_it_rests_on(monkeypatch):
+    monkeypatch.chdir(DEMO.parents[2])
+    told = run("train", str(DEMO), "--gpu", "a100-80gb")
+    assert "for 2,400 conversations of 200 + 800 tokens" in told and "estimate by formula" in told
+    plan = json.loads(run("train", str(DEMO), "--json", "--conversations", "10", "--num-gpus", "2"))
+    assert plan["num_gpus"] == 2 and plan["asked"]["conversations"] == 10
+    assert plan["hours"]["value"] > 0 and plan["hours"]["basis"] == "estimate"
+
+
+def test_conversations_must_be_known(monkeypatch):
+    monkeypatch.chdir(DEMO.parents[2])
+    with pytest.raises(ConfigError, match="say how many there are with --conversations"):
+        run("train", str(DEMO), "prompts.limit=null")
+
+
+def test_a_serving_plan_compares_with_plain_decoding():
+    told = run("serve", VICUNA, "--requests-per-second", "400")
+    assert "plain decoding would take" in told and "tokens a step: published" in told
+    plan = json.loads(run("serve", VICUNA, "--requests-per-second", "400", "--heads", "none", "--json"))
+    assert plan["replicas"] == plan["plain_replicas"] and plan["point"]["nodes"] == 1
+
+
+def test_a_calibrated_checkpoint_brings_its_own_ladder(tmp_path):
+    heads = MedusaHeads(HeadsConfig(hidden_size=4096, vocab_size=32000, num_heads=1, vocabulary="shared"))
+    calibration = Calibration(accuracy=[[0.5, 0.2]], num_positions=9, tokens_per_step=[1.0, 1.5, 1.6])
+    reference = BackboneRef(name=VICUNA, weights_digest="sha256:0")
+    meta = CheckpointMeta(
+        heads=heads.config, backbone=reference, calibration=calibration, trees=[[], [[0]], [[0], [1]]]
+    )
+    save_checkpoint(tmp_path / "heads", heads.to(torch.bfloat16), meta)
+    asked = ["serve", VICUNA, "--requests-per-second", "5", "--heads", str(tmp_path / "heads"), "--json"]
+    plan = json.loads(run(*asked))
+    assert plan["tokens_per_step"]["basis"] == "measured" and plan["tokens_per_step"]["value"] == 1.6
+    assert {point["nodes"] for point in plan["points"]} <= {1, 2, 3}

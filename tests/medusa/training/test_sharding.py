@@ -1,0 +1,76 @@
+"""FSDP2 on two CPU workers: the losses of one process, through a save, a kill and a load."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from medusa.heads import HeadsConfig
+from medusa.hydra import HydraHeads
+from medusa.model import Backbone
+from medusa.training.schedule import JointConfig, TrainerConfig
+from medusa.training.sharding import shard
+from medusa.training.trainer import Trainer
+from tests.medusa.training.test_joint import FAST, make_rows
+
+JOINTS = {
+    "lora": JointConfig(rank=4, dropout=0.0, heads_weight=1.0, heads_only_ratio=0.25),
+    "full": JointConfig(method="full", heads_weight=1.0),
+}
+
+
+def make_trainer(folder, joint, **distributed):
+    backbone = Backbone.from_pretrained(folder, device="cpu")
+    config = HeadsConfig(num_heads=2, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
+    heads = HydraHeads.initialised(config, backbone.lm_head_weight)
+    numbers = TrainerConfig(**FAST, joint=joint, activation_checkpointing=True)
+    return Trainer(backbone, heads, make_rows(25), numbers, **distributed)
+
+
+def run(trainer, until=None):
+    losses = []
+    while not trainer.finished and (until is None or trainer.step < until):
+        losses.append(trainer.take_record(trainer.train_step(trainer.next_batches()))["loss"])
+    return losses
+
+
+def worker(rank: int, world_size: int, folder: Path, name: str, port: int, work: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    distributed = {"rank": rank, "world_size": world_size, "wrap": shard}
+    first = make_trainer(folder, JOINTS[name], **distributed)
+    assert first.sharded
+    before = run(first, until=3)
+    first.save_state(work / "state")
+    dist.barrier()
+    second = make_trainer(folder, JOINTS[name], **distributed)
+    second.load_state(work / "state")
+    losses = before + run(second)
+    validation = second.validate(make_rows(7, seed=5))["loss"]
+    weights = second.whole_weights(keep=rank == 0)
+    if rank == 0:
+        torch.save({"losses": losses, "validation": validation, "weights": weights}, work / "sharded.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_two_sharded_workers_resumed_give_the_losses_of_one_process(tiny_llama, tmp_path, name):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(worker, args=(2, tiny_llama, name, port, tmp_path), nprocs=2)
+    sharded = torch.load(tmp_path / "sharded.pt", weights_only=True)
+    alone = make_trainer(tiny_llama, JOINTS[name])
+    assert sharded["losses"] == pytest.approx(run(alone), rel=1e-5)
+    assert sharded["validation"] == pytest.approx(alone.validate(make_rows(7, seed=5))["loss"], rel=1e-4)
+    expected = alone.whole_weights()
+    assert set(sharded["weights"]) == set(expected)
+    for weight_name, weight in sharded["weights"].items():
+        torch.testing.assert_close(weight, expected[weight_name], rtol=1e-2, atol=1e-3, msg=weight_name)
