@@ -67,10 +67,10 @@ def serve(
     )
     console.print(f"serving {config.served_name}, heads: {served.described}", highlight=False)
     if without_ray:
-        console.print(f"OpenAI API on http://{host}:{port}/v1, Ctrl-C stops it", highlight=False)
+        console.print(f"a page on http://{host}:{port}/, OpenAI API on /v1, Ctrl-C stops it", highlight=False)
         serve_without_ray(config)
     else:
-        serve_local(config, on_ready=lambda url: console.print(f"OpenAI API on {url}/v1, Ctrl-C stops it"))
+        serve_local(config, on_ready=lambda url: console.print(f"a page on {url}/, OpenAI API on {url}/v1; Ctrl-C ends it"))
 
 
 def _print_new_key(console: Console) -> None:
