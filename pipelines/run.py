@@ -19,7 +19,7 @@ from medusa.config import ConfigError, load_config, strict
 from medusa.model import Backbone
 from pipelines import progress
 from pipelines.adopt import adopt
-from pipelines.artifact import StepOutput, only_complete_steps
+from pipelines.artifact import StepOutput, mirrored_to, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
 from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
@@ -28,6 +28,7 @@ from pipelines.quality import QualityConfig, measure_quality
 from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainConfig, train, trained_backbone
+from registry.object_store import ObjectFolder
 
 T = TypeVar("T")
 Step = Literal["prompts", "distill", "train", "calibrate", "evaluate", "register"]
@@ -60,10 +61,13 @@ class PipelineConfig:
     """One pipeline: `root` holds its steps' folders, everything else is the config of a step.
 
     `heads` is a checkpoint folder that the train step takes as it is instead of training (pipelines/adopt.py).
+    `store` is a folder of an object store (s3://bucket/prefix) that keeps the steps: `root` is then the scratch folder
+    beside it, which all of the run's processes must see.
     """
 
     name: str
     root: str = "runs"
+    store: str | None = None
     model: ModelConfig
     heads: str | None = None
     prompts: PromptsConfig
@@ -114,7 +118,8 @@ def run_pipeline(
             "tracking.uri is null, and there is no registry without MLflow; set it, or end the run with `--to evaluate`"
         )
     root = Path(config.root).resolve()
-    with Tracker.open(config.tracking, root, config.name, config) as tracker:
+    store = ObjectFolder(config.store) if config.store else None
+    with mirrored_to(store), Tracker.open(config.tracking, root, config.name, config) as tracker:
         context = RunContext(root, config.model.located, tracker, console or Console())
         outputs: dict[Step, StepOutput] = {}
         for step in STEPS[: STEPS.index(last) + 1]:

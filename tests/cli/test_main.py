@@ -11,7 +11,7 @@ import yaml
 from cli import main as command
 from medusa.config import ConfigError
 from pipelines.calibrate import CalibrateError
-from pipelines.lease import LeaseHeldError
+from registry.lease import LeaseHeldError
 from pipelines.tracking import TrackingUnavailable
 from registry.connection import MlflowUnavailable
 from registry.gate import GateRefused
