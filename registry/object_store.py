@@ -1,7 +1,8 @@
 """A folder of an S3 bucket, with the two things that make it safe to share: a PUT is whole or not at all, and a PUT can
 be made on condition that the object is absent or still the one that was read.
 
-The address and the credentials come from the environment, as boto3 reads them (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+The address and the credentials come from the environment, as boto3 reads them
+(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
 """
 
 from __future__ import annotations
