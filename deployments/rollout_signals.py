@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import requests
 
 from deployments.rollout_target import ServiceUnavailable
+from medusa.config import ConfigError
 
 TIMEOUT_S = 15.0
 _SAMPLE = re.compile(r"^(?P<name>medusa_\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$", re.MULTILINE)
@@ -133,6 +134,10 @@ def _get(url: str, params: Mapping[str, str] | None = None) -> requests.Response
         answer = requests.get(url, params=params, timeout=TIMEOUT_S)
     except requests.RequestException as error:
         raise ServiceUnavailable(f"GET {url}: no answer ({error})") from error
+    if answer.status_code == 404:
+        raise ConfigError(
+            f"GET {url}: 404; there is nothing there to judge by (--url is the service's, --prometheus its)"
+        )
     if not answer.ok:
         raise ServiceUnavailable(f"GET {url}: {answer.status_code}")
     return answer

@@ -14,7 +14,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -29,7 +28,6 @@ from ray import serve
 
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
-from deployments.sampling_log import SampleRequests, SamplingConfig, SamplingLog
 from medusa import Engine, Typical
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, strict, to_dict, validate
@@ -73,7 +71,6 @@ class ServerConfig:
     max_ongoing_requests: int | None = None  # None: as many as the replica holds
     max_body_bytes: int = 32 * 2**20
     stall_timeout_s: float = 600.0  # a step that takes longer makes the replica unhealthy
-    sampling: SamplingConfig | None = None  # keeps a share of the prompts, with consent; None keeps nothing
     # the deployment
     host: str = "127.0.0.1"
     port: int = 8000
@@ -142,10 +139,6 @@ def load_service(config: ServerConfig, *, send_request_id: bool = True) -> tuple
         max_body_bytes=config.max_body_bytes,
         send_request_id=send_request_id,
     )
-    if config.sampling is not None:
-        log = SamplingLog(config.sampling, replica=socket.gethostname())
-        api.add_middleware(SampleRequests, log=log)
-        weakref.finalize(running, log.close)
     return running, api
 
 
