@@ -1,4 +1,4 @@
-"""`medusa rollout` on a real Serve: versions come in, a broken one goes back, and requests are answered all the time."""
+"""`medusa rollout` on a real Serve: versions come in, a broken one goes back, requests are answered all the time."""
 
 from __future__ import annotations
 
