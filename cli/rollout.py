@@ -44,6 +44,7 @@ def rollout(
     every: Annotated[float | None, typer.Option(help="Go on for ever and look every so many seconds.")] = None,
     watch: Annotated[float, typer.Option(help="Seconds to watch a new version.")] = 600.0,
     settle_timeout: Annotated[float, typer.Option(help="Seconds for all replicas to take it.")] = 900.0,
+    poll: Annotated[float, typer.Option(help="Seconds between two looks at it meanwhile.")] = 5.0,
     min_requests: Annotated[int, typer.Option(help="Judge once there were so many.")] = 50,
     max_more_errors: Annotated[float, typer.Option(help="Error rate above the one before.")] = 0.02,
     acceptance_tolerance: Annotated[float, typer.Option(help="Tokens a step below those before.")] = 0.10,
@@ -63,6 +64,7 @@ def rollout(
     config = RolloutConfig(
         watch_s=watch,
         settle_timeout_s=settle_timeout,
+        poll_s=poll,
         min_requests=min_requests,
         max_more_errors=max_more_errors,
         acceptance_tolerance=acceptance_tolerance,
