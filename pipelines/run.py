@@ -26,6 +26,7 @@ from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
 from pipelines.quality import QualityConfig, measure_quality
 from pipelines.register import RegisterConfig, champion_folder, champion_for, register
+from pipelines.summary import RunSummary
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainConfig, train, trained_backbone
 from registry.object_store import ObjectFolder
@@ -109,7 +110,8 @@ def load_pipeline(path: Path, overrides: Iterable[str] = ()) -> PipelineConfig:
 def run_pipeline(
     config: PipelineConfig, *, first: Step = "prompts", last: Step = "register", console: Console | None = None
 ) -> dict[Step, StepOutput]:
-    """Runs the steps up to `last` and returns their outputs. Ray must be initialised.
+    """Runs the steps up to `last`, posts a summary however that ends, and returns their outputs. Ray must be
+    initialised.
 
     Steps before `first` must be complete already: StepMissingError names the one that is not.
     """
@@ -121,11 +123,13 @@ def run_pipeline(
     store = ObjectFolder(config.store) if config.store else None
     with mirrored_to(store), Tracker.open(config.tracking, root, config.name, config) as tracker:
         context = RunContext(root, config.model.located, tracker, console or Console())
-        outputs: dict[Step, StepOutput] = {}
-        for step in STEPS[: STEPS.index(last) + 1]:
-            required = STEPS.index(step) < STEPS.index(first)
-            with only_complete_steps() if required else nullcontext():
-                outputs[step] = _run_step(context, config, step, outputs)
+        summary = RunSummary(config.name)
+        with summary.told_to(tracker.pipeline):
+            outputs: dict[Step, StepOutput] = summary.outputs  # type: ignore[assignment]
+            for step in STEPS[: STEPS.index(last) + 1]:
+                required = STEPS.index(step) < STEPS.index(first)
+                with only_complete_steps() if required else nullcontext():
+                    outputs[step] = _run_step(context, config, step, outputs)
         return outputs
 
 
