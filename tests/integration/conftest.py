@@ -47,3 +47,18 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("postgres")
     with services.postgres_server(folder) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def mlflow_url(
+    postgres: str, s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """MLflow's server, with its database in PostgreSQL and its artifacts in S3; clients need to know neither."""
+    import boto3
+
+    url = s3_environment["AWS_ENDPOINT_URL"]
+    keys = dict(zip(("aws_access_key_id", "aws_secret_access_key"), ("testing", "testing"), strict=True))
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="mlflow")
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    with services.mlflow_server(folder, postgres, "s3://mlflow/artifacts", s3_environment) as address:
+        yield address
