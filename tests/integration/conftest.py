@@ -60,5 +60,7 @@ def mlflow_url(
     keys = dict(zip(("aws_access_key_id", "aws_secret_access_key"), ("testing", "testing"), strict=True))
     boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="mlflow")
     folder = tmp_path_factory.mktemp("mlflow-server")
-    with services.mlflow_server(folder, postgres, "s3://mlflow/artifacts", s3_environment) as address:
+    # Without the driver's name SQLAlchemy 2.1 would take psycopg 3.
+    database = postgres.replace("postgresql://", "postgresql+psycopg2://")
+    with services.mlflow_server(folder, database, "s3://mlflow/artifacts", s3_environment) as address:
         yield address

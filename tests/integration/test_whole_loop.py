@@ -1,5 +1,5 @@
-"""The whole loop on real services: pipeline -> registry -> promote -> rollout -> a request answered by the new version ->
-the next night's version -> rollback.
+"""The whole loop on real services: pipeline -> registry -> promote -> rollout -> a request answered by the new version
+-> the next night's version -> rollback.
 
 MLflow's server on PostgreSQL and S3, steps in S3, Ray and Serve in a process of their own, and the command as a
 scheduled job runs it: in a process whose exit code counts.
