@@ -180,6 +180,21 @@ def test_accounts_may_do_just_what_they_need(
     assert granted == allowed
 
 
+def test_only_who_talks_to_the_api_server_has_a_token(manifests: list[dict[str, Any]]) -> None:
+    with_token = set()
+    for manifest in manifests:
+        for where, template in pod_templates(manifest):
+            if template["spec"].get("automountServiceAccountToken", True):
+                with_token.add(where)
+                assert template["spec"].get("serviceAccountName"), f"{where} has the namespace's default account"
+    assert with_token == {
+        "RayService/medusa head",
+        "RayJob/medusa-pipeline head",
+        "Deployment/medusa-rollout",
+        "CronJob/medusa-nightly",
+    }
+
+
 def test_the_network_is_closed_and_every_pod_has_a_role(manifests: list[dict[str, Any]]) -> None:
     policies = {one["metadata"]["name"]: one["spec"] for one in of_kind(manifests, "NetworkPolicy")}
     assert policies["deny-all"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
