@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from tests.integration.services import free_port, listens, redis_server, wait_un
 from tests.integration.test_local_serve import Traffic
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
-DOWN_S = 8.0  # far longer than a request, shorter than Ray's patience with an absent GCS (60 s)
+PATIENCE_S = "300"  # of Ray's processes with an absent GCS; 60 by default
 
 CODE = """
 import sys
@@ -50,6 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LocalRay
         env = os.environ | {
             "RAY_REDIS_ADDRESS": f"127.0.0.1:{redis.port}",
             "RAY_external_storage_namespace": "medusa-test",
+            "RAY_gcs_rpc_server_reconnect_timeout_s": PATIENCE_S,
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
@@ -95,16 +95,14 @@ def test_requests_go_on_while_the_gcs_is_away(cluster: tuple[LocalRay, subproces
         wait_until(lambda: len(traffic.answers) > 5, 60, "traffic")
         os.kill(gcs, signal.SIGKILL)
         at_kill = len(traffic.answers)
-        until = time.monotonic() + DOWN_S
-        wait_until(lambda: time.monotonic() > until, DOWN_S + 5)
-        while_down = len(traffic.answers) - at_kill
+        # The first may have been under way. Answers are slower meanwhile: every process of Ray tries to reconnect.
+        wait_until(lambda: len(traffic.answers) > at_kill + 6, 120, "answers without a GCS")
         tell(process, "killed")
         tell(process, "start")
         before_back = len(traffic.answers)
         wait_until(lambda: len(traffic.answers) > before_back + 10, 60, "traffic after the GCS is back")
         # The controller, its applications and the replica are those there were, and it takes orders again.
         wait_until(lambda: replicas(ray) == replica, 120, "Serve's state")
-    assert while_down > 3
     assert traffic.failures == []
     assert set(traffic.answers) == {plain}
     changed = serve_config(tiny_llama, port, model_name="renamed")
