@@ -51,6 +51,23 @@ def test_every_medusa_command_and_option_exists(manifests: list[dict[str, Any]])
         assert given <= options, f"{line}: unknown {given - options}"
 
 
+def test_mlflows_server_takes_its_options_and_its_settings(manifests: list[dict[str, Any]]) -> None:
+    from mlflow import environment_variables
+    from mlflow.cli import server
+
+    (container,) = the(manifests, "Deployment", "mlflow")["spec"]["template"]["spec"]["containers"]
+    assert container["args"][:2] == ["mlflow", "server"]
+    options = {option for param in server.params for option in param.opts}
+    assert {word.partition("=")[0] for word in container["args"][2:]} <= options
+    given = {one["name"] for one in container["env"]}
+    from_click = {param.envvar for param in server.params if param.envvar}
+    assert given - from_click <= {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION"} and "MLFLOW_BACKEND_STORE_URI" in given
+    assert hasattr(environment_variables, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION")
+    hosts = next(word for word in container["args"] if word.startswith("--allowed-hosts=")).partition("=")[2].split(",")
+    (port,) = the(manifests, "Service", "mlflow")["spec"]["ports"]
+    assert f"mlflow:{port['port']}" in hosts  # or it answers 403 to every client
+
+
 def test_the_pipeline_configuration_is_one_and_is_mounted_where_it_is_read(manifests: list[dict[str, Any]]) -> None:
     (config_map,) = [
         one for one in of_kind(manifests, "ConfigMap") if one["metadata"]["name"] == "medusa-pipeline-config"
