@@ -24,10 +24,10 @@ from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from registry.gate import GateResult
 from registry.versions import Registry, VersionRef
-from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, serve_config
+from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, needs_metrics, serve_config
 from tests.integration.services import free_port
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), needs_metrics]
 NAME = "medusa-tiny"
 
 

@@ -23,12 +23,12 @@ import yaml
 from deployments.server import MedusaServer
 from registry.object_store import ObjectFolder
 from registry.versions import Registry
-from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, serve_config
+from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, needs_metrics, serve_config
 from tests.integration.services import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "medusa-loop"
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200), needs_metrics]
 
 
 def pipeline(folder: Path, backbone: Path, mlflow: str, store: str) -> dict[str, Any]:
