@@ -42,6 +42,7 @@ def rollout(
     backbone: Annotated[str | None, typer.Option(help="Folder of the backbone, for versions of another one.")] = None,
     prometheus: Annotated[str | None, typer.Option(help="Read errors and acceptance there, not at --url.")] = None,
     every: Annotated[float | None, typer.Option(help="Go on for ever and look every so many seconds.")] = None,
+    baseline: Annotated[float, typer.Option(help="Seconds to measure the service before it is changed.")] = 60.0,
     watch: Annotated[float, typer.Option(help="Seconds to watch a new version.")] = 600.0,
     settle_timeout: Annotated[float, typer.Option(help="Seconds for all replicas to take it.")] = 900.0,
     poll: Annotated[float, typer.Option(help="Seconds between two looks at it meanwhile.")] = 5.0,
@@ -62,6 +63,7 @@ def rollout(
     from registry.versions import Registry
 
     config = RolloutConfig(
+        baseline_s=baseline,
         watch_s=watch,
         settle_timeout_s=settle_timeout,
         poll_s=poll,

@@ -65,6 +65,7 @@ class RolloutConfig:
     """
 
     settle_timeout_s: float = 900.0  # for all replicas to answer with the new heads
+    baseline_s: float = 60.0  # how the service does is measured for so long before anything is changed
     watch_s: float = 600.0
     poll_s: float = 5.0
     away_s: float = 60.0  # a service that answers nothing for so long is not well
@@ -73,7 +74,7 @@ class RolloutConfig:
     acceptance_tolerance: float = 0.10  # tokens a step below those before
 
     def __post_init__(self) -> None:
-        for name in ("settle_timeout_s", "watch_s", "poll_s", "away_s"):
+        for name in ("settle_timeout_s", "baseline_s", "watch_s", "poll_s", "away_s"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
@@ -309,11 +310,16 @@ class Rollout:
             return self._registry.rollback(self._name)
 
     def _baseline(self) -> dict[str, float] | None:
+        """Of late, where there was enough to judge by; else of the replicas' whole life, with whatever they served."""
         try:
-            return total(self._signals.read()).to_dict()
+            before = self._signals.read()
+            self._sleep(self._config.baseline_s)
+            now = self._signals.read()
         except ServiceUnavailable as error:
             logger.warning("%s: nothing to compare with: %s", self._target.name, error)
             return None
+        late = since(now, before)
+        return (late if late.requests >= self._config.min_requests else total(now)).to_dict()
 
     def _write(self, version: VersionRef, mark: Mark) -> None:
         text = json.dumps(asdict(replace(mark, time=round(self._clock(), 3))))

@@ -24,6 +24,7 @@ from registry.lease import Lease, LeaseHeldError, LeaseLostError
 from registry.versions import DigestMismatchError, Registry, VersionRef
 
 NAME, BACKBONE = "medusa-tiny", "sha256:backbone"
+SHORT = RolloutConfig(baseline_s=8, watch_s=20, settle_timeout_s=30, away_s=20)
 CONFIG = {
     "http_options": {"port": 8000},
     "applications": [
@@ -122,7 +123,7 @@ class World:
     service: FakeService
     run_id: str
     backbone: str | None = None
-    config: RolloutConfig = field(default_factory=lambda: RolloutConfig(watch_s=20, settle_timeout_s=30, away_s=20))
+    config: RolloutConfig = SHORT
 
     def register(self, content: str, *, gate: bool = True, backbone: str = BACKBONE) -> VersionRef:
         checkpoint = self.folder / "checkpoints" / content
@@ -322,6 +323,18 @@ def test_as_many_errors_as_before_are_no_reason(world: World):
     world.service.sleep(100)
     second = world.promote("b")
     world.service.quality[second.digest] = (0.1, 2.0)
+    world.settled_on(second)
+
+
+def test_a_version_is_compared_with_how_the_service_does_of_late(world: World):
+    """Hours at three tokens a step are over: traffic has changed, and two are now what there is."""
+    first = world.promote("a")
+    world.service.quality[first.digest] = (0.0, 3.0)
+    world.settled_on(first)
+    world.service.sleep(10_000)
+    world.service.quality[first.digest] = (0.0, 2.0)
+    second = world.promote("b")
+    world.service.quality[second.digest] = (0.0, 2.0)
     world.settled_on(second)
 
 

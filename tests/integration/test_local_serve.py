@@ -104,6 +104,7 @@ class Place:
             f"--url={self.url}",
             f"--versions={self.folder / 'versions'}",
             "--watch=2",
+            "--baseline=1",
             "--poll=0.5",
             "--settle-timeout=90",
             "--min-requests=5",

@@ -84,6 +84,7 @@ class Loop:
             f"--url={self.url}",
             f"--versions={self.folder / 'versions'}",
             "--watch=3",
+            "--baseline=1",
             "--poll=0.5",
             "--settle-timeout=120",
         )
