@@ -1,7 +1,7 @@
 """From the registry to the running service: the champion is verified, brought in, watched, and taken back if worse.
 
     the champion        is what should run, unless this service has marked it as failed
-    heads only          same backbone, no adapter: by user_config, running replicas swap them in place
+    heads only          for what runs already: by user_config, running replicas swap them in place
     anything else       by the args: Serve replaces the replicas one after another
     then                wait until all replicas answer with the new digest; watch errors and tokens a step; settle
     worse, or not well  mark the version as failed, move the champion back to `previous`, and bring that in
@@ -45,7 +45,7 @@ from registry.versions import GATE_TAG, PREVIOUS, Registry, VersionRef
 
 logger = logging.getLogger(__name__)
 
-BACKBONE_TAG = "medusa.backbone.digest"
+BACKBONE_TAG, BASE_TAG = "medusa.backbone.digest", "medusa.backbone.base_digest"
 Outcome = Literal["nothing to serve", "up to date", "rolled out", "went back", "superseded"]
 
 
@@ -174,31 +174,35 @@ class Rollout:
         return mark
 
     def _plan(self, version: VersionRef, config: dict[str, Any]) -> tuple[Heads, bool, str]:
-        """What to tell the service, whether running replicas can take it, and the backbone's folder."""
+        """What to tell the service, whether running replicas can take it, and the folder of the model.
+
+        A version with an adapter runs on its base model: replicas merge the two when they start. So the folder stays
+        while the base is the same, and heads go in place while what they run on is.
+        """
         folder = self._registry.download(version, self._versions / version.digest.removeprefix("sha256:")[:16])
         running, model = heads_of(config), model_of(config)
         heads = Heads(str(folder.resolve()), str(version.version), version.digest)
-        needed, (served, answers) = version.tags.get(BACKBONE_TAG), self._served_backbone(running)
-        if needed != served and served is not None:
-            before = Mark.of(version, self._key)
-            other = (before.model if before else None) or self._backbone
-            if other is None or other == model:
-                raise ConfigError(
-                    f"{version.uri} belongs to the backbone {needed}, but {self._target.name} serves {served}; "
-                    "give the folder of its backbone with --backbone"
-                )
-            return heads, False, other
-        has_adapter = (folder / "adapter").is_dir() or _has_adapter(running)
-        takes_heads = answers and running.digest is not None and _replicas_take_heads()
-        return heads, takes_heads and not has_adapter, model
+        told = self._registry.find(self._name, running.digest) if running.digest else None
+        served, answers = self._served_backbone(told)
+        base = _base_digest(told) if told else served
+        in_place = answers and running.digest is not None and version.tags.get(BACKBONE_TAG) == served
+        if base is None or _base_digest(version) == base:
+            return heads, in_place and _replicas_take_heads(), model
+        before = Mark.of(version, self._key)
+        other = (before.model if before else None) or self._backbone
+        if other is None or other == model:
+            raise ConfigError(
+                f"{version.uri} belongs to the model {_base_digest(version)}, but {self._target.name} serves {base}; "
+                "give the folder of its model with --backbone"
+            )
+        return heads, False, other
 
-    def _served_backbone(self, running: Heads) -> tuple[str | None, bool]:
-        """The digest of the backbone that serves, and whether the service answers. One that does not is taken for what
-        it was told to be: going back must not depend on what is broken."""
+    def _served_backbone(self, told: VersionRef | None) -> tuple[str | None, bool]:
+        """The digest of what serves, and whether the service answers. One that does not is taken for what it was
+        told to be: going back must not depend on what is broken."""
         try:
             return self._observed(self._url).backbone_digest, True
         except ServiceUnavailable:
-            told = self._registry.find(self._name, running.digest) if running.digest else None
             return (told.tags.get(BACKBONE_TAG) if told else None), False
 
     def _settle(self, digest: str | None, champion: VersionRef | None) -> None:
@@ -333,8 +337,9 @@ class Rollout:
             yield
 
 
-def _has_adapter(heads: Heads) -> bool:
-    return heads.folder is not None and (Path(heads.folder) / "adapter").is_dir()
+def _base_digest(version: VersionRef) -> str | None:
+    """Of the model's folder: the backbone itself, or what an adapter makes it of."""
+    return version.tags.get(BASE_TAG) or version.tags.get(BACKBONE_TAG)
 
 
 def _replicas_take_heads() -> bool:

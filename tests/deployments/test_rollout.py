@@ -15,7 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deployments import rollout as module
-from deployments.rollout import BACKBONE_TAG, Mark, Rollout, RolloutConfig
+from deployments.rollout import BACKBONE_TAG, BASE_TAG, Mark, Rollout, RolloutConfig
 from deployments.rollout_signals import Counts
 from deployments.rollout_target import Heads, Observed, ServiceUnavailable, heads_of, model_of, with_heads
 from medusa.config import ConfigError
@@ -125,14 +125,14 @@ class World:
     backbone: str | None = None
     config: RolloutConfig = SHORT
 
-    def register(self, content: str, *, gate: bool = True, backbone: str = BACKBONE) -> VersionRef:
+    def register(
+        self, content: str, *, gate: bool = True, backbone: str = BACKBONE, base: str | None = None
+    ) -> VersionRef:
         checkpoint = self.folder / "checkpoints" / content
         checkpoint.mkdir(parents=True)
         (checkpoint / "medusa.json").write_text(json.dumps({"content": content}))
-        if content.startswith("adapter"):
-            (checkpoint / "adapter").mkdir()
-            (checkpoint / "adapter" / "weights").write_text(content)
-        ref = self.registry.register(NAME, checkpoint, {BACKBONE_TAG: backbone}, self.run_id)
+        tags = {BACKBONE_TAG: backbone, BASE_TAG: base or backbone}
+        ref = self.registry.register(NAME, checkpoint, tags, self.run_id)
         champion = self.registry.champion(NAME)
         if gate:
             return self.registry.record_gate(ref, GateResult(True), champion.digest if champion else None)
@@ -219,10 +219,18 @@ def test_later_heads_go_in_place(world: World):
     assert world.service.config_now["applications"][0]["args"]["max_batch_size"] == 4
 
 
-def test_a_version_with_an_adapter_replaces_the_replicas(world: World):
-    world.settled_on(world.promote("a"))
-    world.settled_on(world.promote("adapter-b"))
+def test_an_adapter_replaces_the_replicas_on_the_same_model_and_heads_for_it_go_in_place(world: World):
+    first = world.promote("a")
+    world.settled_on(first)
+    world.settled_on(world.promote("adapter", backbone="sha256:merged", base=BACKBONE))
     assert world.service.deployed[-1][1] is False
+    world.service.backbone = "sha256:merged"
+    world.settled_on(world.promote("other heads", backbone="sha256:merged", base=BACKBONE))
+    assert world.service.deployed[-1][1] is True
+    world.registry._set_alias(NAME, "champion", first.version)
+    world.settled_on(first)
+    assert world.service.deployed[-1][1] is False
+    assert model_of(world.service.config_now) == "/models/tiny"  # all the time
 
 
 def test_a_version_of_another_backbone_needs_its_folder_and_replaces_the_replicas(world: World):
