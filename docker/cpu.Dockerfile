@@ -30,6 +30,7 @@ COPY medusa ./medusa
 COPY registry ./registry
 COPY pipelines ./pipelines
 COPY deployments ./deployments
+COPY benchmarks ./benchmarks
 COPY cli ./cli
 RUN pip install --constraint constraints.txt ".[cluster]"
 COPY models ./models
