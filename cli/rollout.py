@@ -56,8 +56,9 @@ def rollout(
     Example: `medusa rollout medusa-chat-8m --service rayservice/medusa --url http://medusa-serve-svc:8000 --every 30`
     """
     from deployments.kubernetes import Kubernetes, KubernetesRecord
-    from deployments.rollout import Rollout, RolloutConfig
+    from deployments.rollout import Rollout
     from deployments.rollout_signals import Prometheus, ServiceMetrics
+    from deployments.rollout_state import RolloutConfig
     from deployments.rollout_target import RayServiceTarget, ServeTarget
     from registry.lease import FileRecord, Lease
     from registry.versions import Registry

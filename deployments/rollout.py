@@ -22,11 +22,12 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from deployments.rollout_signals import Counts, Reading, Signals, since, total
+from deployments.rollout_state import Mark, RolloutConfig
 from deployments.rollout_target import (
     Heads,
     Observed,
@@ -55,43 +56,6 @@ class RolloutFailed(RuntimeError):
 
 class Superseded(RuntimeError):
     """While a version was brought in, another became champion."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """What counts as worse. Rates are compared once there are `min_requests` (and as many drafts) to judge by.
-
-    `watch_s` without a request settles too: nobody was harmed, and nothing could be learned.
-    """
-
-    settle_timeout_s: float = 900.0  # for all replicas to answer with the new heads
-    baseline_s: float = 60.0  # how the service does is measured for so long before anything is changed
-    watch_s: float = 600.0
-    poll_s: float = 5.0
-    away_s: float = 60.0  # a service that answers nothing for so long is not well
-    min_requests: int = 50
-    max_more_errors: float = 0.02  # error rate above the one before
-    acceptance_tolerance: float = 0.10  # tokens a step below those before
-
-    def __post_init__(self) -> None:
-        for name in ("settle_timeout_s", "baseline_s", "watch_s", "poll_s", "away_s"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must be 0 or more, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mark:
-    """What a service has done with a version: the content of its tag."""
-
-    state: Literal["started", "settled", "failed"]
-    baseline: dict[str, float] | None = None
-    model: str | None = None  # the backbone's folder that it runs on
-    reason: str | None = None
-    time: float = 0.0
-
-    @classmethod
-    def of(cls, version: VersionRef, key: str) -> Mark | None:
-        return cls(**json.loads(version.tags[key])) if version.tags.get(key) else None
 
 
 class Rollout:
@@ -168,7 +132,7 @@ class Rollout:
         self._write(version, mark)
         if heads_of(config) != heads:
             with self._acting():
-                self._target.deploy(with_heads(config, heads, in_place=in_place, model=model))
+                self._deploy(config, heads, version, in_place, model)
             way = "in place" if in_place else "by replacing the replicas"
             logger.warning("%s: %s goes in, %s", self._target.name, version.uri, way)
         return mark
@@ -196,6 +160,12 @@ class Rollout:
                 "give the folder of its model with --backbone"
             )
         return heads, False, other
+
+    def _deploy(
+        self, config: dict[str, Any], heads: Heads, version: VersionRef | None, in_place: bool, model: str
+    ) -> None:
+        digest = version.tags.get(BACKBONE_TAG) if version else None
+        self._target.deploy(with_heads(config, heads, in_place=in_place, model=model, backbone_digest=digest))
 
     def _served_backbone(self, told: VersionRef | None) -> tuple[str | None, bool]:
         """The digest of what serves, and whether the service answers. One that does not is taken for what it was
@@ -288,7 +258,7 @@ class Rollout:
             heads, in_place, model = self._plan(target, config)
         if heads_of(config) != heads:
             with self._acting():
-                self._target.deploy(with_heads(config, heads, in_place=in_place, model=model))
+                self._deploy(config, heads, target, in_place, model)
             logger.error("%s: back to %s, as %s failed", self._target.name, what, failed.uri)
         self._wait_for(heads.digest, what)
         if target is not None:

@@ -73,9 +73,17 @@ def model_of(config: Mapping[str, Any]) -> str:
     return str(_application(config).get("args", {}).get("model"))
 
 
-def with_heads(config: Mapping[str, Any], heads: Heads, *, in_place: bool, model: str | None = None) -> dict[str, Any]:
+def with_heads(
+    config: Mapping[str, Any],
+    heads: Heads,
+    *,
+    in_place: bool,
+    model: str | None = None,
+    backbone_digest: str | None = None,
+) -> dict[str, Any]:
     """The configuration with other heads. In place: by user_config, which running replicas take. Otherwise by the args,
-    whose change makes Serve replace the replicas one after another; then `model` may be another backbone."""
+    whose change makes Serve replace the replicas one after another; then `model` may be another folder, and where the
+    args pin the backbone's digest it becomes `backbone_digest`, or is pinned no longer."""
     changed = copy.deepcopy(dict(config))
     application = _application(changed)
     others = [one for one in application.get("deployments", []) if one["name"] != DEPLOYMENT]
@@ -87,6 +95,8 @@ def with_heads(config: Mapping[str, Any], heads: Heads, *, in_place: bool, model
         application["args"] = application.get("args", {}) | heads.to_config()
         if model is not None:
             application["args"]["model"] = model
+        if application["args"].pop("backbone_digest", None) is not None and backbone_digest is not None:
+            application["args"]["backbone_digest"] = backbone_digest
     deployments = [*others, ours] if len(ours) > 1 else others
     application["deployments"] = deployments
     return changed

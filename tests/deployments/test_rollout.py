@@ -15,8 +15,9 @@ import pytest
 from mlflow import MlflowClient
 
 from deployments import rollout as module
-from deployments.rollout import BACKBONE_TAG, BASE_TAG, Mark, Rollout, RolloutConfig
+from deployments.rollout import BACKBONE_TAG, BASE_TAG, Rollout
 from deployments.rollout_signals import Counts
+from deployments.rollout_state import Mark, RolloutConfig
 from deployments.rollout_target import Heads, Observed, ServiceUnavailable, heads_of, model_of, with_heads
 from medusa.config import ConfigError
 from registry.gate import GateRefused, GateResult
@@ -510,6 +511,16 @@ def test_in_place_changes_user_config_alone_and_by_replacing_changes_the_args_al
     assert heads_of(again).version == "4" and model_of(again) == "/models/other"
     assert again["applications"][0]["deployments"] == []  # or user_config would win over the args
     assert "deployments" not in CONFIG["applications"][0]
+
+
+def test_a_pinned_backbone_follows_the_version():
+    config = copy.deepcopy(CONFIG)
+    config["applications"][0]["args"]["backbone_digest"] = "sha256:old"
+    changed = with_heads(config, Heads(), in_place=False, backbone_digest="sha256:new")
+    assert changed["applications"][0]["args"]["backbone_digest"] == "sha256:new"
+    assert "backbone_digest" not in with_heads(changed, Heads(), in_place=False)["applications"][0]["args"]
+    unpinned = with_heads(CONFIG, Heads(), in_place=False, backbone_digest="sha256:new")
+    assert "backbone_digest" not in unpinned["applications"][0]["args"]
 
 
 def test_other_settings_of_the_deployment_stay():
