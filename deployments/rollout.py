@@ -151,7 +151,7 @@ class Rollout:
         base = _base_digest(told) if told else served
         in_place = answers and running.digest is not None and version.tags.get(BACKBONE_TAG) == served
         if base is None or _base_digest(version) == base:
-            return heads, in_place and _replicas_take_heads(), model
+            return heads, in_place, model
         before = Mark.of(version, self._key)
         other = (before.model if before else None) or self._backbone
         if other is None or other == model:
@@ -310,13 +310,6 @@ class Rollout:
 def _base_digest(version: VersionRef) -> str | None:
     """Of the model's folder: the backbone itself, or what an adapter makes it of."""
     return version.tags.get(BASE_TAG) or version.tags.get(BACKBONE_TAG)
-
-
-def _replicas_take_heads() -> bool:
-    """Whether a replica that has heads takes others while it runs."""
-    from deployments.server import MedusaServer
-
-    return hasattr(MedusaServer.func_or_class, "reconfigure")
 
 
 def _told(seen: Counts) -> str:

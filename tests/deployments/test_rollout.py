@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from deployments import rollout as module
 from deployments.rollout import BACKBONE_TAG, BASE_TAG, Rollout
 from deployments.rollout_signals import Counts
 from deployments.rollout_state import Mark, RolloutConfig
@@ -176,8 +175,7 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path: Path, mlflow_schema: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr(module, "_replicas_take_heads", lambda: True)
+def world(tmp_path: Path, mlflow_schema: Path) -> Iterator[World]:
     uri = f"sqlite:///{shutil.copy(mlflow_schema, tmp_path / 'mlflow.db')}"
     client = MlflowClient(uri)
     experiment = client.create_experiment("medusa", artifact_location=(tmp_path / "mlruns").as_uri())

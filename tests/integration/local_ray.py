@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -14,14 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from tests.integration.services import free_port, listens, wait_until
 
-needs_metrics = pytest.mark.skipif(
-    importlib.util.find_spec("deployments.metrics") is None,
-    reason="the service has no /metrics here, which a rollout judges by",
-)
 CODE = """
 import sys, time
 import ray

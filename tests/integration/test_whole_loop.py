@@ -20,15 +20,14 @@ import httpx
 import pytest
 import yaml
 
-from deployments.server import MedusaServer
 from registry.object_store import ObjectFolder
 from registry.versions import Registry
-from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, needs_metrics, serve_config
+from tests.integration.local_ray import LocalRay, ask, deploy, local_ray, serve_config
 from tests.integration.services import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "medusa-loop"
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200), needs_metrics]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def pipeline(folder: Path, backbone: Path, mlflow: str, store: str) -> dict[str, Any]:
@@ -147,7 +146,7 @@ def test_from_prompts_to_an_answer_by_the_new_version_and_back(loop: Loop):
     rolled = loop.rollout()
     assert rolled.returncode == 0, rolled.stdout + rolled.stderr
     assert loop.served() == ("2", second.digest)
-    assert (replicas(loop) == before) is hasattr(MedusaServer.func_or_class, "reconfigure")
+    assert replicas(loop) == before
     assert ask(loop.url)["choices"][0]["text"] == plain
 
     # Back by moving the alias again.
