@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from benchmarks.decode import decode
+from benchmarks.serve import serve
 from benchmarks.trees import trees
 from cli.bench_distill import distill
 
@@ -13,5 +14,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command()(decode)
+app.command()(serve)
 app.command()(trees)
 app.command()(distill)

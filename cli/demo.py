@@ -58,7 +58,8 @@ def _ask_service(pipeline: PipelineConfig, outputs: Mapping[str, StepOutput]) ->
     """Serves what was registered, sends one streamed chat request and one plain completion, and stops the service."""
     from openai import OpenAI
 
-    from deployments.server import ServerConfig, local_service
+    from deployments.config import ServerConfig
+    from deployments.local import local_service
 
     version = json.loads((outputs["register"].path / "version.json").read_text())
     evaluation = load_evaluation(outputs["evaluate"])

@@ -34,23 +34,34 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_batch_size: int = 16,
+    max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
+    api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
+    log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="One process, no Ray Serve.")] = False,
+    new_api_key: Annotated[bool, typer.Option("--new-api-key", help="Draw a key, print it and its hash.")] = False,
 ) -> None:
-    """Serves OpenAI's REST API until Ctrl-C: one Ray Serve deployment, or one process.
+    """Serves OpenAI's REST API until Ctrl-C: one Ray Serve deployment, or one process. A page to try it is at /.
 
     Example: `medusa serve --model models:/medusa-chat-8m@champion --tracking-uri sqlite:///runs/demo/mlflow.db`
     """
-    from deployments.server import ServerConfig, serve_local, serve_without_ray
+    from deployments.config import ServerConfig
+    from deployments.local import serve_local, serve_without_ray
 
     console = Console()
+    if new_api_key:
+        _print_new_key(console)
+        return
     served = served_model(model, heads, backbone, tracking_uri)
     config = ServerConfig(
         model=served.backbone,
         heads=served.heads,
         heads_version=served.version,
         heads_digest=served.digest,
-        speculation=_speculation(speculation),
+        speculation=parse_speculation(speculation),
         max_batch_size=max_batch_size,
+        max_queued_requests=max_queued,
+        api_key_file=api_key_file,
+        log_requests=log_requests,
         host=host,
         port=port,
     )
@@ -60,6 +71,14 @@ def serve(
         serve_without_ray(config)
     else:
         serve_local(config, on_ready=lambda url: console.print(f"OpenAI API on {url}/v1, Ctrl-C stops it"))
+
+
+def _print_new_key(console: Console) -> None:
+    from deployments.auth import hash_of, new_key
+
+    key = new_key()
+    console.print(f"key, for its user alone:   {key}", highlight=False, soft_wrap=True)
+    console.print(f"hash, for --api-key-file:  {hash_of(key)}", highlight=False, soft_wrap=True)
 
 
 def chat(
@@ -80,7 +99,7 @@ def chat(
     console = Console()
     served = served_model(model, heads, backbone, tracking_uri)
     engine = Engine.from_pretrained(
-        served.backbone, served.heads, max_batch_size=1, speculation=_speculation(speculation)
+        served.backbone, served.heads, max_batch_size=1, speculation=parse_speculation(speculation)
     )
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     conversation: list[int] = []
@@ -118,7 +137,7 @@ def _stream(engine, prompt: list[int], params, console: Console) -> list[int]:  
     return reply
 
 
-def _speculation(text: str) -> str | int:
+def parse_speculation(text: str) -> str | int:
     if text in ("auto", "off"):
         return text
     if not text.isdigit():

@@ -10,14 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from deployments.async_engine import EngineUnavailable, QueueFull
-from deployments.protocol import explain
+from deployments.admission import QueueFull
+from deployments.async_engine import EngineUnavailable
+from deployments.fields import explain
 
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "PayloadTooLargeError",
     429: "RateLimitError",
     500: "InternalServerError",

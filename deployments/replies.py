@@ -1,254 +1,144 @@
-"""Answers in OpenAI's shapes, made from the engine's outputs: whole ones, and the chunks of a stream.
-
-Beyond OpenAI's fields: `usage.medusa` tells what speculation gained, and a choice carries its `seed`, which
-draws the same reply again. A null that a client expects is set; a field that is not set is left out.
-"""
+"""Answers in OpenAI's shapes, made from the engine's outputs: whole ones, and the chunks of a stream."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
+from deployments.answers import (
+    Answer,
+    CalledFunction,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    ChatTokenLogprob,
+    ChunkAcceptance,
+    TextChoice,
+    TextCompletion,
+    TextLogprobs,
+    ToolCallAnswer,
+    Usage,
+)
+from deployments.token_texts import TokenTexts
+from deployments.tool_calls import Call, Reader
 from medusa import Completion, Output, TokenLogprob
 from medusa.engine.sequence import FinishReason
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
-class MedusaUsage(BaseModel):
-    """`accepted_tokens` came out of `steps` decode steps (not the prefill's token); their ratio is the mean.
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """What every part of an answer says, and the texts of tokens."""
 
-    `accepted_per_depth[d]` counts the steps that kept a guess of head d.
-    """
-
-    steps: int
-    accepted_tokens: int
-    mean_acceptance_length: float
-    accepted_per_depth: list[int]
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    medusa: MedusaUsage | None = None
-
-
-class ChatLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(ChatLogprob):
-    top_logprobs: list[ChatLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTokenLogprob]
-    refusal: None = None
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class Choice(BaseModel):
-    index: int
-    finish_reason: FinishReason | None
-    seed: int | None = None
-
-
-class ChatChoice(Choice):
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-
-
-class ChatChunkChoice(Choice):
-    delta: ChatDelta
-    logprobs: ChatLogprobs | None
-
-
-class TextChoice(Choice):
-    text: str
-    logprobs: TextLogprobs | None
-
-
-class Answer(BaseModel):
-    id: str
-    object: str
+    reply_id: str
     created: int
     model: str
-    system_fingerprint: str | None
-    choices: Sequence[Any]
-    usage: Usage | None = None
+    fingerprint: str | None
+    texts: TokenTexts
 
-    def to_json(self) -> str:
-        return self.model_dump_json(exclude_unset=True)
-
-
-class ChatCompletion(Answer):
-    object: Literal["chat.completion"] = "chat.completion"
-    choices: list[ChatChoice]
-
-
-class ChatCompletionChunk(Answer):
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    choices: list[ChatChunkChoice]
+    def fields(self) -> dict[str, Any]:
+        return {
+            "id": self.reply_id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
 
 
-class TextCompletion(Answer):
-    """Whole or a chunk: the older API gives both one name."""
+@dataclass(frozen=True)
+class Echoed:
+    """A prompt that stands before its replies."""
 
-    object: Literal["text_completion"] = "text_completion"
-    choices: list[TextChoice]
-
-
-class Tally:
-    """The usage of one HTTP request over all of its replies, in tokens: a chunk may carry several."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self._tokens: dict[int, int] = {}
-        self._finished: list[Completion] = []
-
-    def add(self, choice: int, output: Output) -> None:
-        self._tokens[choice] = self._tokens.get(choice, 0) + len(output.token_ids)
-        if output.finished is not None:
-            self._tokens[choice] = len(output.finished.token_ids)
-            self._finished.append(output.finished)
-
-    def so_far(self) -> Usage:
-        completion_tokens = sum(self._tokens.values())
-        return Usage(
-            prompt_tokens=self.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self.prompt_tokens + completion_tokens,
-        )
-
-    def total(self) -> Usage:
-        usage = self.so_far()
-        accepted = [count for completion in self._finished for count in completion.accepted_per_step]
-        usage.medusa = MedusaUsage(
-            steps=len(accepted),
-            accepted_tokens=sum(accepted),
-            mean_acceptance_length=sum(accepted) / len(accepted) if accepted else 1.0,
-            accepted_per_depth=[
-                sum(count > depth for count in accepted) for depth in range(1, max(accepted, default=1))
-            ],
-        )
-        return usage
-
-
-class TokenTexts:
-    """The text and bytes of single tokens, for logprobs; `hf` is the Hugging Face tokenizer."""
-
-    def __init__(self, hf: Any) -> None:
-        self._hf = hf
-        self._is_byte_level = hf.convert_tokens_to_string(["Ġ"]) == " "
-        self._added = set(hf.get_added_vocab().values())
-
-    def to_bytes(self, token_id: int) -> bytes:
-        token = self._hf.convert_ids_to_tokens(token_id)
-        if token is None:  # models pad their vocabulary beyond the tokenizer's
-            return b""
-        if token_id in self._added:
-            return token.encode()
-        if self._is_byte_level:
-            return bytes(_BYTE_OF[character] for character in token)
-        if fallback := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
-            return bytes.fromhex(fallback[1])
-        return token.replace("▁", " ").encode()
-
-    def to_text(self, token_id: int) -> str:
-        """Half a character is shown as OpenAI shows it, such as `bytes:\\xe2\\x80`."""
-        raw = self.to_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's: printable bytes stand for themselves, the others for the characters from 256 on."""
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
-    others = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_level_alphabet()
+    text: str
+    token_ids: list[int]
 
 
 class _Reply:
     """One HTTP request's answer: what its chunks and its whole form share."""
 
-    def __init__(self, *, reply_id: str, created: int, model: str, fingerprint: str | None, texts: TokenTexts) -> None:
-        self._head: dict[str, Any] = {
-            "id": reply_id,
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-        self._texts = texts
+    def __init__(self, head: Head) -> None:
+        self._head = head.fields()
+        self._texts = head.texts
+
+
+def _acceptance(output: Output, include: bool) -> dict[str, Any]:
+    if not include:
+        return {}
+    return {"medusa": ChunkAcceptance(tokens=len(output.token_ids), accepted=output.num_draft_accepted)}
 
 
 class ChatReply(_Reply):
-    def __init__(self, **head: Any) -> None:
-        super().__init__(**head)
+    """`readers` find the calls of tools in the text of each of the request's replies."""
+
+    def __init__(self, head: Head, readers: Sequence[Reader]) -> None:
+        super().__init__(head)
+        self._readers = readers
         self._opened: set[int] = set()
+        self._calling: set[int] = set()
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
         choices = [
             ChatChoice(
                 index=choice,
-                message=ChatMessage(role="assistant", content=completion.text, refusal=None),
+                message=self._message(choice, completion),
                 logprobs=self._logprobs(completion.logprobs),
-                finish_reason=completion.finish_reason,
+                finish_reason=self._reason(choice, completion),
                 seed=completion.seed,
             )
             for choice, completion in enumerate(completions)
         ]
         return ChatCompletion(object="chat.completion", choices=choices, usage=usage, **self._head)
 
-    def chunks(self, choice: int, output: Output) -> Iterator[Answer]:
+    def chunks(self, choice: int, output: Output, *, include_acceptance: bool = False) -> Iterator[Answer]:
         if choice not in self._opened:
             self._opened.add(choice)
             yield self._chunk(choice, ChatDelta(role="assistant", content=""))
-        if output.text or output.logprobs:
-            yield self._chunk(choice, ChatDelta(content=output.text), self._logprobs(output.logprobs))
+        content, calls = self._readers[choice].push(output.text, is_last=output.finished is not None)
+        if content or output.logprobs:
+            extra = _acceptance(output, include_acceptance)
+            yield self._chunk(choice, ChatDelta(content=content), self._logprobs(output.logprobs), **extra)
+        if calls:
+            self._calling.add(choice)
+            parts = [self._call(choice, call, index=call.index) for call in calls]
+            yield self._chunk(choice, ChatDelta(tool_calls=parts))
         if (end := output.finished) is not None:
-            yield self._chunk(choice, ChatDelta(), finish_reason=end.finish_reason, seed=end.seed)
+            yield self._chunk(choice, ChatDelta(), finish_reason=self._reason(choice, end), seed=end.seed)
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._head)
+
+    def _message(self, choice: int, completion: Completion) -> ChatMessage:
+        content, calls = self._readers[choice].push(completion.text, is_last=True)
+        if not calls:
+            return ChatMessage(role="assistant", content=content, refusal=None)
+        self._calling.add(choice)
+        answers = [self._call(choice, call) for call in calls]
+        return ChatMessage(role="assistant", content=content or None, refusal=None, tool_calls=answers)
+
+    def _call(self, choice: int, call: Call, **place: int) -> ToolCallAnswer:
+        if call.name is None:
+            return ToolCallAnswer(function=CalledFunction(arguments=call.arguments), **place)
+        call_id = f"call-{self._head['id'].partition('-')[2]}-{choice}-{call.index}"
+        function = CalledFunction(name=call.name, arguments=call.arguments)
+        return ToolCallAnswer(id=call_id, type="function", function=function, **place)
+
+    def _reason(self, choice: int, completion: Completion) -> FinishReason | Literal["tool_calls"]:
+        is_call = choice in self._calling and completion.finish_reason == "stop"
+        return "tool_calls" if is_call else completion.finish_reason
 
     def _chunk(
         self,
         choice: int,
         delta: ChatDelta,
         logprobs: ChatLogprobs | None = None,
-        finish_reason: FinishReason | None = None,
+        finish_reason: FinishReason | Literal["tool_calls"] | None = None,
         **extra: Any,
     ) -> Answer:
         only = ChatChunkChoice(index=choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason, **extra)
@@ -276,16 +166,21 @@ class ChatReply(_Reply):
 
 
 class TextReply(_Reply):
-    def __init__(self, **head: Any) -> None:
-        super().__init__(**head)
+    """`echoed` are the prompts that their `n` replies begin with, if they are to."""
+
+    def __init__(self, head: Head, echoed: Sequence[Echoed] | None, n: int) -> None:
+        super().__init__(head)
+        self._echoed = echoed
+        self._n = n
+        self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
         choices = [
             TextChoice(
                 index=choice,
-                text=completion.text,
-                logprobs=self._logprobs(choice, completion.logprobs),
+                text=self._prompt_of(choice) + completion.text,
+                logprobs=self._logprobs(choice, completion.logprobs, completion.prompt_logprobs),
                 finish_reason=completion.finish_reason,
                 seed=completion.seed,
             )
@@ -293,27 +188,42 @@ class TextReply(_Reply):
         ]
         return TextCompletion(object="text_completion", choices=choices, usage=usage, **self._head)
 
-    def chunks(self, choice: int, output: Output) -> Iterator[Answer]:
-        if output.text or output.logprobs:
-            logprobs = self._logprobs(choice, output.logprobs)
-            yield self._chunk(index=choice, text=output.text, logprobs=logprobs, finish_reason=None)
+    def chunks(self, choice: int, output: Output, *, include_acceptance: bool = False) -> Iterator[Answer]:
+        text = output.text
+        if choice not in self._opened:
+            self._opened.add(choice)
+            text = self._prompt_of(choice) + text
+        if text or output.logprobs:
+            logprobs = self._logprobs(choice, output.logprobs, output.prompt_logprobs)
+            extra = _acceptance(output, include_acceptance)
+            yield self._chunk(index=choice, text=text, logprobs=logprobs, finish_reason=None, **extra)
         if (end := output.finished) is not None:
             yield self._chunk(index=choice, text="", logprobs=None, finish_reason=end.finish_reason, seed=end.seed)
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return TextCompletion(object="text_completion", choices=[], usage=usage, **self._head)
 
+    def _prompt_of(self, choice: int) -> str:
+        return self._echoed[choice // self._n].text if self._echoed else ""
+
     def _chunk(self, **choice: Any) -> Answer:
         return TextCompletion(object="text_completion", choices=[TextChoice(**choice)], **self._head)
 
-    def _logprobs(self, choice: int, entries: Sequence[TokenLogprob] | None) -> TextLogprobs | None:
+    def _logprobs(
+        self, choice: int, entries: Sequence[TokenLogprob] | None, prompt: Sequence[TokenLogprob] | None
+    ) -> TextLogprobs | None:
         if entries is None:
             return None
-        tokens = [self._texts.to_text(entry.token_id) for entry in entries]
+        first: list[str] = []
+        if self._echoed and prompt is not None:
+            first = [self._texts.to_text(self._echoed[choice // self._n].token_ids[0])]
+            entries = [*prompt, *entries]
+        tokens = first + [self._texts.to_text(entry.token_id) for entry in entries]
+        nothing = [None] * len(first)  # nothing precedes the prompt's first token
         return TextLogprobs(
             tokens=tokens,
-            token_logprobs=[max(entry.logprob, LOWEST_LOGPROB) for entry in entries],
-            top_logprobs=[self._alternatives(entry) for entry in entries],
+            token_logprobs=nothing + [max(entry.logprob, LOWEST_LOGPROB) for entry in entries],
+            top_logprobs=nothing + [self._alternatives(entry) for entry in entries],
             text_offset=[self._advance(choice, len(token)) for token in tokens],
         )
 

@@ -1,178 +1,145 @@
 """The service: one Ray Serve deployment, whose replicas each hold an engine and answer HTTP themselves.
 
-`build_app` is the import path of serve.yaml; `serve_local` is `medusa serve` on this machine, `serve_without_ray` the
-same app in one process.
+`build_app` is the import path of serve.yaml. Which heads a replica serves is the deployment's `user_config`: a change
+of that alone is taken by the replicas that run (`reconfigure`), any other change replaces them one after another.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
-import torch
-import uvicorn
 from fastapi import FastAPI
 from ray import serve
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deployments import logs
 from deployments.api import build_api
-from deployments.async_engine import AsyncEngine
-from medusa import Engine, Typical
+from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.autoscaling import autoscaling_options, load_of
+from deployments.config import HeadsConfig, ServerConfig
+from deployments.handover import Pace
+from deployments.heads_slot import HeadsSlot, verified
+from deployments.metrics import Metrics, RayMirror
+from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError
-from medusa.config import ConfigError, strict, to_dict, validate
-from medusa.digests import directory_digest
+from medusa.config import to_dict, validate
 
 logger = logging.getLogger(__name__)
 
-APP_NAME = "medusa"
 # A full replica refuses by itself, at once and in OpenAI's shape. Serve's own limits only bound what is on its way:
 # requests beside the replies that an engine holds, and requests waiting in a proxy.
 SPARE_ONGOING = 64
 PROXY_QUEUE = 1000
-LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 
 
-@strict
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """What is served and how. Paths must be readable where the replicas run.
+@dataclass(frozen=True)
+class LoadedService:
+    """A running engine, the API over it, and the slot that takes new heads."""
 
-    `heads` is a checkpoint folder; a registry reference such as models:/NAME@champion is resolved before, once, so
-    that all replicas serve one version: `heads_version` and `heads_digest` say which, and a replica that finds
-    another digest refuses to start.
-    """
-
-    model: str
-    heads: str | None = None
-    heads_version: str | None = None
-    heads_digest: str | None = None
-    model_name: str | None = None  # in the API; the model's folder name by default
-    # the engine
-    speculation: Literal["auto", "off"] | int = "auto"
-    acceptance: Literal["exact"] | Typical = "exact"
-    max_batch_size: int = 16
-    max_model_len: int | None = None
-    kv_cache_gb: float | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    device: str | None = None  # None: cuda where this process (or the cluster) has a GPU
-    # limits
-    max_queued_requests: int = 256  # replies that may wait in a replica; more are answered 429
-    max_ongoing_requests: int | None = None  # None: as many as the replica holds
-    max_body_bytes: int = 32 * 2**20
-    stall_timeout_s: float = 600.0  # a step that takes longer makes the replica unhealthy
-    # the deployment
-    host: str = "127.0.0.1"
-    port: int = 8000
-    min_replicas: int = 1
-    max_replicas: int = 1
-    target_ongoing_requests: float | None = None  # what autoscaling aims at; None: three quarters of a batch
-    num_cpus: float = 1.0
-    num_gpus: float | None = None  # None: 1 on cuda
-    health_check_period_s: float = 2.0
-    graceful_shutdown_timeout_s: float = 60.0  # a stopped replica may take this long to end what it runs
-
-    def __post_init__(self) -> None:
-        for name in ("model", "heads"):
-            if str(getattr(self, name)).startswith("models:/"):
-                raise ConfigError(
-                    f"{name} {getattr(self, name)!r} is a registry reference; resolve it to a folder first, "
-                    "as `medusa serve --model models:/NAME@champion` does"
-                )
-        if self.speculation == 0:
-            raise ConfigError(
-                f"speculation is 'auto', 'off' or a tree size, got {self.speculation!r} "
-                "(YAML 1.1 reads a bare off as false: write it in quotes)"
-            )
-        if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
-            raise ConfigError(
-                "max_replicas must be at least 1 and min_replicas 0 to max_replicas, "
-                f"got {self.min_replicas} and {self.max_replicas}"
-            )
-        for name in ("max_batch_size", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_queued_requests < 0:
-            raise ConfigError(f"max_queued_requests must be 0 or more, got {self.max_queued_requests}")
-
-    @property
-    def served_name(self) -> str:
-        return self.model_name or Path(self.model).name
+    engine: AsyncEngine
+    api: FastAPI
+    heads: HeadsSlot
 
 
-def load_service(config: ServerConfig, *, send_request_id: bool = True) -> tuple[AsyncEngine, FastAPI]:
-    """The engine, loaded and running, and the API over it."""
-    digest = _verified_digest(config)
-    engine = Engine.from_pretrained(
-        config.model,
-        config.heads,
-        device=config.device,
-        dtype=getattr(torch, config.dtype) if config.dtype else None,
-        max_batch_size=config.max_batch_size,
-        max_model_len=config.max_model_len,
-        kv_cache_gb=config.kv_cache_gb,
-        speculation=config.speculation,
-        acceptance=config.acceptance,
+def load_service(config: ServerConfig, *, replica: str = "local", send_request_id: bool = True) -> LoadedService:
+    """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
+    heads = verified(config.heads_config)
+    engine = Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+    if config.backbone_digest not in (None, engine.backbone.digest):
+        raise CheckpointMismatchError(
+            f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "
+            "be served; fetch the model again"
+        )
+    running = AsyncEngine(
+        engine,
+        max_queued=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        stall_timeout_s=config.stall_timeout_s,
+        metrics=Metrics(config.served_name, replica=replica),
+        heads=heads,
+        pace=Pace(seconds=config.merge_chunks_s),
     )
-    running = AsyncEngine(engine, max_queued=config.max_queued_requests, stall_timeout_s=config.stall_timeout_s)
     api = build_api(
         running,
         engine.tokenizer,
         config.served_name,
-        served={
-            "backbone": engine.backbone.name,
-            "backbone_digest": engine.backbone.digest,
-            "heads_version": config.heads_version,
-            "heads_digest": digest,
-        },
-        fingerprint=f"medusa-{(digest or engine.backbone.digest).removeprefix('sha256:')[:12]}",
+        served={"backbone": engine.backbone.name, "backbone_digest": engine.backbone.digest},
+        request_timeout_s=config.request_timeout_s,
         max_body_bytes=config.max_body_bytes,
+        body_timeout_s=config.body_timeout_s,
+        tool_notation=config.tool_notation,
+        api_key_hashes=config.all_key_hashes(),
         send_request_id=send_request_id,
     )
-    return running, api
-
-
-def _verified_digest(config: ServerConfig) -> str | None:
-    if config.heads is None:
-        return None
-    digest = directory_digest(Path(config.heads))
-    if config.heads_digest not in (None, digest):
-        raise CheckpointMismatchError(
-            f"{config.heads} has the digest {digest}, but {config.heads_digest} was to be served; "
-            "fetch the registered version again"
-        )
-    return digest
+    return LoadedService(running, api, HeadsSlot(running, engine.backbone))
 
 
 @serve.deployment
 @serve.ingress()
 class MedusaServer:
-    """A replica: Ray Serve asks it for its app, its health, and to end."""
+    """A replica: Ray Serve asks it for its app, its health, its load, and to take other heads."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        loaded = validate(ServerConfig, config, source="the deployment's config")
-        # Serve's proxy answers with X-Request-ID itself.
-        self._engine, self._api = load_service(loaded, send_request_id=False)
+        self._config = validate(ServerConfig, config, source="the deployment's config")
+        self._service: LoadedService | None = None
+        logs.install(requests=self._config.log_requests)
 
-    async def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._api
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        return LateApp(lambda: self._loaded().api)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Serve calls it at the start, when it loads everything, and whenever the configuration names other heads.
+
+        At the start heads that cannot be served are an error, and Serve keeps the replicas there were; later the
+        replica goes on with the heads it has, and says so.
+        """
+        if self._service is not None:
+            await self._service.heads.take_config(user_config)
+            return
+        heads = validate(HeadsConfig, user_config, source="user_config")
+        # Serve's proxy answers with X-Request-ID itself.
+        config = self._config.with_heads(heads)
+        self._service = load_service(config, replica=_replica_name(), send_request_id=False)
+        self._mirror = RayMirror(self._service.engine.metrics, _ray_gauge)
+        self._mirror.start()
 
     async def check_health(self) -> None:
-        self._engine.check_health()
+        self._loaded().engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return load_of(self._service.engine) if self._service else {}
+
+    def _loaded(self) -> LoadedService:
+        if self._service is None:
+            raise EngineUnavailable("nothing is loaded: the deployment's user_config names no heads, not even none")
+        return self._service
 
     def __del__(self) -> None:
-        if hasattr(self, "_engine"):
-            self._engine.close()
+        if getattr(self, "_service", None) is not None:
+            self._mirror.close()
+            self._service.engine.close()
+
+
+class LateApp:
+    """An ASGI app that exists before what it passes requests on to."""
+
+    def __init__(self, app: Callable[[], ASGIApp]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app()(scope, receive, send)
+            return
+        while True:
+            event = (await receive())["type"]
+            await send({"type": f"{event}.complete"})
+            if event == "lifespan.shutdown":
+                return
 
 
 def build_app(args: Mapping[str, Any] | ServerConfig) -> serve.Application:
@@ -189,6 +156,7 @@ def _placed(config: ServerConfig) -> ServerConfig:
         config,
         model=_absolute(config.model),
         heads=_absolute(config.heads) if config.heads else None,
+        api_key_file=_absolute(config.api_key_file) if config.api_key_file else None,
         device=device,
     )
 
@@ -202,6 +170,7 @@ def _deployment_options(config: ServerConfig) -> dict[str, Any]:
     capacity = config.max_batch_size + config.max_queued_requests + SPARE_ONGOING
     num_gpus = config.num_gpus if config.num_gpus is not None else float((config.device or "").startswith("cuda"))
     options: dict[str, Any] = {
+        "user_config": to_dict(config.heads_config),
         "max_ongoing_requests": config.max_ongoing_requests or capacity,
         "max_queued_requests": PROXY_QUEUE,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
@@ -213,113 +182,14 @@ def _deployment_options(config: ServerConfig) -> dict[str, Any]:
     }
     if config.min_replicas == config.max_replicas:
         return options | {"num_replicas": config.min_replicas}
-    target = config.target_ongoing_requests or max(1.0, 0.75 * config.max_batch_size)
-    scaling = {
-        "min_replicas": config.min_replicas,
-        "max_replicas": config.max_replicas,
-        "target_ongoing_requests": target,
-    }
-    return options | {"autoscaling_config": scaling}
+    return options | {"autoscaling_config": autoscaling_options(config)}
 
 
-def serve_local(config: ServerConfig, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
-    """Serves until SIGINT or SIGTERM; `on_ready` gets the URL once /health answers. For the main thread."""
-    with local_service(config) as url:
-        with _stop_signals() as stop:
-            on_ready(url)
-            stop.wait()
+def _replica_name() -> str:
+    return serve.get_replica_context().replica_id.unique_id
 
 
-@contextmanager
-def local_service(config: ServerConfig) -> Iterator[str]:
-    """The URL of the service on Ray; on leaving, ends what it started itself: the app, or Serve, or Ray too.
+def _ray_gauge(name: str, description: str, tag_keys: tuple[str, ...]) -> Any:
+    from ray.serve.metrics import Gauge
 
-    Ray is the one this process has, else the cluster at RAY_ADDRESS, else one of its own. Where Serve runs already,
-    its host and port hold.
-    """
-    with _ray():
-        serve_was_running = bool(serve.status().proxies)
-        if not serve_was_running:
-            _check_port(config.host, config.port)
-            serve.start(proxy_location="HeadOnly", http_options={"host": config.host, "port": config.port})
-        try:
-            serve.run(build_app(config), name=APP_NAME, route_prefix="/", logging_config=LOGGING)
-            url = f"http://{_reachable(config.host)}:{config.port}"
-            _wait_until_healthy(url)
-            yield url
-        finally:
-            if serve_was_running:
-                serve.delete(APP_NAME)
-            else:
-                serve.shutdown()
-
-
-def serve_without_ray(config: ServerConfig) -> None:
-    """Serves from this process alone until SIGINT or SIGTERM."""
-    engine, api = load_service(config)
-    try:
-        with _stop_signals():  # uvicorn raises the signal again once it has ended, for whoever handled it before
-            uvicorn.run(
-                api,
-                host=config.host,
-                port=config.port,
-                access_log=False,
-                log_level="warning",
-                lifespan="off",
-                timeout_graceful_shutdown=int(config.graceful_shutdown_timeout_s),
-            )
-    finally:
-        engine.close()
-
-
-@contextmanager
-def _ray() -> Iterator[None]:
-    if ray.is_initialized():
-        yield
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _check_port(host: str, port: int) -> None:
-    """Ray Serve would go on trying; here the user learns it at once."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}); choose another port") from error
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host in ("0.0.0.0", "") else host
-
-
-def _wait_until_healthy(url: str, timeout_s: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/health did not answer 200 within {timeout_s:.0f} s: {error}") from error
-            time.sleep(0.1)
+    return Gauge(name, description=description, tag_keys=tag_keys)

@@ -5,6 +5,7 @@ from medusa.engine.engine import Engine
 from medusa.engine.sequence import Completion, Output, TokenLogprob
 from medusa.engine.stats import EngineStats
 from medusa.engine.step_times import StepTimes
+from medusa.grammar import Grammar
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.sampling import SamplingParams
 from medusa.tree import TokenTree
@@ -13,6 +14,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineStats",
+    "Grammar",
     "HeadsConfig",
     "MedusaHeads",
     "Output",

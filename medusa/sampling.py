@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from medusa.grammar import Grammar
 from medusa.noise import gumbel
 
 MAX_SEED = 2**63 - 1
@@ -23,8 +24,10 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` 0 keeps all tokens. `stop` strings and `stop_token_ids` end a reply, as the
     model's EOS does unless `ignore_eos`. `n` replies are drawn a prompt. `logprobs` asks for that many alternatives a
-    token (of the model's own distribution, before temperature and penalties). Without a `seed` one is drawn and
+    token (of the model's own distribution, before temperature and penalties), `prompt_logprobs` the same for the
+    prompt's tokens; the prompt is then computed whole, whatever is cached. Without a `seed` one is drawn and
     returned with the reply. `acceptance` "exact" asks for the model's own law from an engine whose rule is another.
+    A lower `priority` is served earlier. Under a `grammar` the reply follows it and ends where it may end.
     Raises ValueError for values out of range.
     """
 
@@ -44,8 +47,11 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
     acceptance: Literal["exact"] | None = None
+    priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
@@ -65,10 +71,22 @@ class SamplingParams:
             all(map(isfinite, self.logit_bias.values())), "logit_bias", self.logit_bias, "finite numbers by token id"
         )
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, 0 or more")
+        _require(
+            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            "None, 0 or more",
+        )
+        _require(self.grammar is None or not self.ignore_eos, "ignore_eos", self.ignore_eos, "False under a grammar")
         _require(self.n >= 1, "n", self.n, "at least 1")
         _require(
             self.acceptance in ("exact", None), "acceptance", self.acceptance, "'exact', or None for the engine's own"
         )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's own."""
+        return bool(self.logit_bias) or self.has_penalties or self.grammar is not None
 
     @property
     def has_penalties(self) -> bool:
@@ -235,6 +253,14 @@ def forbid_end(
     early_N1 = (num_tokens + depth_N < min_tokens)[:, None]
     ids = torch.tensor(stop_ids, dtype=torch.int64, device=logits_NV.device)
     return logits_NV.index_copy(1, ids, logits_NV[:, ids].masked_fill(early_N1, float("-inf")))
+
+
+def restrict(logits_NV: torch.Tensor, allowed_NV: torch.Tensor) -> torch.Tensor:
+    """Logits with the tokens that are not allowed at -inf; where no other token is left, such as an end that comes
+    before `min_tokens`, the allowed ones count alike."""
+    restricted_NV = logits_NV.float().masked_fill(~allowed_NV, float("-inf"))
+    only_N1 = restricted_NV.isneginf().all(-1, keepdim=True)
+    return torch.where(only_N1 & allowed_NV, 0.0, restricted_NV)
 
 
 def _count(token_ids: Sequence[int], vocab_size: int, device: torch.device) -> torch.Tensor:

@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
+from medusa.grammar import Grammars
 from medusa.growth import grown_tree
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
@@ -100,13 +102,13 @@ class Engine:
             max_nodes=self._limits.max_nodes,
             max_prefill_tokens=self._limits.max_prefill_tokens,
         )
-        self._runner = self._runner_of(None if acceptance == "exact" else acceptance)
+        self._acceptance = acceptance
+        self.grammars = Grammars(tokenizer, backbone.vocab_size)
         self._counters = Counters()
-        self._loop = StepLoop(self._runner, self._scheduler, self._counters)
-        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, tokenizer)
+        self._build_runner()
         self._ids = itertools.count()
         self._step_times = step_times
-        self._loop.speculation = self._speculator_of(speculation, step_times)
+        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
 
     @classmethod
     def from_pretrained(
@@ -182,7 +184,8 @@ class Engine:
         return [done[key] for key in sorted(done)]
 
     def add(self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None) -> str:
-        """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, or unknown ids."""
+        """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, unknown ids, or a
+        grammar that cannot be used (`grammars` compiles one beforehand)."""
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(token) for token in prompt]
         self._limits.check_request(prompt_ids, params)
         if request_id is None:
@@ -190,8 +193,9 @@ class Engine:
         elif self._scheduler.holds(request_id):
             raise ValueError(f"request id {request_id!r} is in use; give another, or none")
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        matchers = [self.grammars.start(params.grammar) if params.grammar else None for _ in range(params.n)]
         for i in range(params.n):
-            self._scheduler.waiting.append(
+            self._scheduler.add(
                 Sequence(
                     request_id,
                     i,
@@ -200,6 +204,7 @@ class Engine:
                     seed=seed,
                     tokenizer=self.tokenizer,
                     max_new_tokens=self._limits.max_new_tokens(prompt_ids, params),
+                    matcher=matchers[i],
                 )
             )
         return request_id
@@ -220,15 +225,14 @@ class Engine:
 
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
-        tree = tree or TokenTree.root()
-        self._limits.check_tree(tree)
-        self._loop.speculation = Always(tree)
+        fixed = tree or TokenTree.root()
+        self._speculate(lambda: self._always(fixed))
 
     def set_speculation(self, speculation: Speculation) -> None:
         """From the next step on, as the constructor's argument of that name; "auto" measures once an engine."""
         if speculation == "auto" and self._step_times is None and self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
-        self._loop.speculation = self._speculator_of(speculation, self._step_times)
+        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -237,7 +241,40 @@ class Engine:
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        self._loop.speculation = self._adaptive(step_times)
+        self._speculate(lambda: self._adaptive(step_times))
+
+    def must_be_idle_for(self, checkpoint: Checkpoint) -> bool:
+        """Whether running requests have to end before these heads can be taken: where their shape is another, or
+        replies depend on heads, as they do under typical acceptance and never under exact."""
+        if self.checkpoint is None:
+            return False
+        return self._acceptance != "exact" or not self._has_shape_of(checkpoint)
+
+    def swap_heads(self, checkpoint: Checkpoint) -> None:
+        """Guesses with other heads of the same backbone from the next step on, for running requests too, and chooses
+        among their trees. Raises CheckpointMismatchError, or ValueError for heads that this engine has no room for; it
+        then goes on as before. `must_be_idle_for` tells whether requests may be running."""
+        if self.checkpoint is None:
+            raise ValueError("this engine was started without heads; start it with some to change them later")
+        if self.must_be_idle_for(checkpoint) and self.has_unfinished():
+            raise RuntimeError("these heads can be taken only while no request runs; wait for those that do to end")
+        check_pair(checkpoint.meta, self.backbone, self.tokenizer.digest)
+        has_same_shape = self._has_shape_of(checkpoint)
+        before = self.checkpoint, self.trees, self._grown, self._limits
+        trees, grown = ladder_of(checkpoint.meta), grown_tree(checkpoint.meta)
+        limits = self._limits.with_heads(checkpoint, trees)
+        self.checkpoint, self.trees, self._grown, self._limits = checkpoint, trees, grown, limits
+        try:
+            speculation = self._make_speculation()
+        except ValueError:
+            self.checkpoint, self.trees, self._grown, self._limits = before
+            raise
+        if has_same_shape:
+            heads = self._runner.take_heads(checkpoint.heads, grown.paths if grown else ())
+            self.checkpoint = replace(checkpoint, heads=heads)
+        else:
+            self._build_runner()
+        self._loop.speculation = speculation
 
     def measure_step_times(
         self,
@@ -256,6 +293,11 @@ class Engine:
         contexts = [context] if isinstance(context, int) else context
         steps = {batch: [[tree] * batch for tree in trees] for batch in batch_sizes}
         return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
+
+    def _build_runner(self) -> None:
+        self._runner = self._runner_of(None if self._acceptance == "exact" else self._acceptance)
+        self._loop = StepLoop(self._runner, self._scheduler, self._counters)
+        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, self.tokenizer)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
         """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
@@ -284,6 +326,22 @@ class Engine:
             acceptance=acceptance,
             growth=self._grown.paths if self._grown else (),
         )
+
+    def _has_shape_of(self, checkpoint: Checkpoint) -> bool:
+        """Whether these heads fit into the buffers of the ones in use."""
+        assert self.checkpoint is not None
+        limits = self._limits.with_heads(checkpoint, ladder_of(checkpoint.meta))
+        kind, other = ((c.meta.head_kind, c.config) for c in (self.checkpoint, checkpoint))
+        return kind == other and limits == self._limits
+
+    def _speculate(self, make: Callable[[], Speculator]) -> None:
+        """How steps get their trees; made again when the heads change."""
+        self._loop.speculation = make()
+        self._make_speculation = make
+
+    def _always(self, tree: TokenTree) -> Speculator:
+        self._limits.check_tree(tree)
+        return Always(tree)
 
     def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
         if speculation == "off" or (speculation == "auto" and self.checkpoint is None):

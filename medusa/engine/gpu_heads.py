@@ -31,6 +31,11 @@ class GpuHeads:
         self._scratch = TopkScratch.empty(max_batch_size, config.num_heads, width, config.head_vocab_size, device)
         self._token_map = heads.token_map if config.vocabulary == "truncated" else None
 
+    def take(self, heads: DraftHeads) -> DraftHeads:
+        """Copies the weights of heads of the same shape into those in use, which it returns."""
+        self._heads.load_state_dict(heads.state_dict())
+        return self._heads
+
     def guess(
         self, hidden_Bd: torch.Tensor, rows_B: torch.Tensor, guesses_RKS: torch.Tensor, logprob_RKS: torch.Tensor
     ) -> None:

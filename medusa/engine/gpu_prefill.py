@@ -7,13 +7,15 @@ the row takes part in decoding steps. Shapes: B sequences, L of them at their la
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from medusa.engine.emission import Emission
 from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
 from medusa.engine.host_work import HostWork
+from medusa.engine.logprobs import token_logprobs
+from medusa.engine.sequence import TokenLogprob
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
 from medusa.kernels.attention_plan import Visible
@@ -24,14 +26,19 @@ SMALLEST = 16  # tokens that a launch is padded to; then powers of two
 
 @dataclass(frozen=True)
 class Prefilled:
-    """A prefill under way: which chunks give a token, and the emission of those that ended their prompt."""
+    """A prefill under way: which chunks give a token, the emission of those that ended their prompt, and the
+    log-probabilities of prompts where they are asked for."""
 
     chunks: list[PrefillChunk]
     emission: Launched | None
+    prompt_logprobs: list[list[TokenLogprob]]
 
     def collect(self) -> list[StepTokens]:
         last = iter(self.emission.collect() if self.emission else [])
-        return [next(last) if chunk.is_last else StepTokens([], []) for chunk in self.chunks]
+        steps = [next(last) if chunk.is_last else StepTokens([], []) for chunk in self.chunks]
+        return [
+            replace(step, prompt_logprobs=logprobs) for step, logprobs in zip(steps, self.prompt_logprobs, strict=True)
+        ]
 
 
 class Prefill:
@@ -51,10 +58,26 @@ class Prefill:
             if chunk.is_last:
                 last.append(chunk)
                 ends.append(end - 1)
+        prompt_logprobs = self._prompt_logprobs(chunks, hidden_Md)
         if not last:
-            return Prefilled(chunks, None)
+            return Prefilled(chunks, None, prompt_logprobs)
         hidden_Ld = hidden_Md.index_select(0, staged(ends, torch.int64, self._device))
-        return Prefilled(chunks, self._finish(last, hidden_Ld, guesses))
+        return Prefilled(chunks, self._finish(last, hidden_Ld, guesses), prompt_logprobs)
+
+    def _prompt_logprobs(self, chunks: list[PrefillChunk], hidden_Md: torch.Tensor) -> list[list[TokenLogprob]]:
+        """Of the prompt's tokens after each of a chunk's, where they are asked for; waits for the forward then."""
+        found: list[list[TokenLogprob]] = []
+        start = 0
+        for chunk in chunks:
+            params, following = chunk.sequence.params, chunk.sequence.prompt_ids[chunk.start + 1 : chunk.end + 1]
+            found.append([])
+            if chunk.sequence.needs_prompt_logprobs and following:
+                hidden_Dd = hidden_Md[start : start + len(following)]
+                logits_DV = hidden_Dd.new_empty(len(following), self._step.vocab_size)
+                self._step.project(hidden_Dd, logits_DV)
+                found[-1] = token_logprobs(logits_DV, following, params.prompt_logprobs or 0)
+            start += len(chunk.token_ids)
+        return found
 
     def _forward(self, chunks: list[PrefillChunk]) -> torch.Tensor:
         """All chunks' tokens in one pass, padded; writes their keys and values."""

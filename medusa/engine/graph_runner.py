@@ -26,6 +26,7 @@ from medusa.engine.speculation import Buckets
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
 from medusa.engine.tree_rows import TreeRows
+from medusa.heads import DraftHeads
 from medusa.model import Backbone
 from medusa.tree import Path, TokenTree
 
@@ -105,6 +106,13 @@ class GraphRunner:
         self._upload(shape, rows, counts)
         self._graphs.run((shape, "whole"), lambda: self._whole(shape))
         return Emission.of(self._step.buffers(shape).emitted, list(range(len(rows))))
+
+    @torch.no_grad()
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
+        """As StepRunner.take_heads; the graphs read the weights where they are."""
+        assert self._step.heads is not None
+        self._trees.regrow(growth)
+        return self._step.heads.take(heads)
 
     @torch.inference_mode()
     def rewind(self, sequences: Items[Sequence], length: int) -> None:

@@ -1,4 +1,4 @@
-"""What a request may want of a step that only the host does: penalties, logit bias, log-probabilities.
+"""What a request may want of a step that only the host does: penalties, logit bias, grammars, log-probabilities.
 
 Such a step is launched in two halves; in between logits change as the request asks, in float32 and along each node's
 path, as plain decoding would change them. Shapes: N nodes of one sequence, L prompts that end, V vocabulary.
@@ -15,7 +15,7 @@ from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
 from medusa.engine.step import Done, Launched, StepTokens
 from medusa.engine.tree_rows import TreeRows
-from medusa.sampling import forbid_end, penalise
+from medusa.sampling import forbid_end, penalise, restrict
 from medusa.tree import TokenTree
 
 
@@ -28,7 +28,7 @@ def changes_logits(sequence: Sequence) -> bool:
     params = sequence.params
     # The GPU masks the stop ids that it knows until min_tokens are reached; beyond those it takes the host.
     masks = params.min_tokens > 0 and len(sequence.stop_ids) > NUM_STOP_IDS
-    return bool(params.logit_bias) or params.has_penalties or masks
+    return params.changes_logits or masks
 
 
 class HostWork:
@@ -53,7 +53,8 @@ class HostWork:
             if changes_logits(sequence):
                 nodes = slice(start, start + tree.num_nodes)
                 ancestors_NN, depth_N = self._trees.arranged(tree)
-                changed_MV[nodes] = _changed(sequence, changed_MV[nodes], tokens_M[nodes], ancestors_NN, depth_N)
+                changed_NV = _changed(sequence, changed_MV[nodes], tokens_M[nodes], ancestors_NN, depth_N)
+                changed_MV[nodes] = _in_grammar(sequence, changed_NV, tokens_M[nodes], self._trees.parents(tree))
         return changed_MV
 
     def change_first(
@@ -67,7 +68,8 @@ class HostWork:
         for i, sequence in enumerate(sequences):
             if wanted[i] and changes_logits(sequence):
                 depth = torch.zeros(1, dtype=torch.int64, device=logits_LV.device)
-                changed_LV[i] = _changed(sequence, changed_LV[i, None], tokens_L[i, None], itself, depth)[0]
+                changed_1V = _changed(sequence, changed_LV[i, None], tokens_L[i, None], itself, depth)
+                changed_LV[i] = _in_grammar(sequence, changed_1V, tokens_L[i, None], [-1])[0]
         return changed_LV
 
     def logprobs(
@@ -114,6 +116,16 @@ def _changed(
         stop_ids, num_tokens = sorted(sequence.stop_ids), len(sequence.output_ids)
         logits_NV = forbid_end(logits_NV, stop_ids, num_tokens, params.min_tokens, depth_N)
     return logits_NV
+
+
+def _in_grammar(
+    sequence: Sequence, logits_NV: torch.Tensor, tokens_N: torch.Tensor, parents: list[int]
+) -> torch.Tensor:
+    if sequence.params.grammar is None:
+        return logits_NV
+    allowed_NV = sequence.allowed(tokens_N.tolist(), parents)
+    assert allowed_NV is not None
+    return restrict(logits_NV, allowed_NV.to(logits_NV.device))
 
 
 def _with_logprobs(sequence: Sequence, step: StepTokens, logits_DV: torch.Tensor) -> StepTokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,6 +68,19 @@ class Limits:
             vocab_size=backbone.vocab_size,
         )
 
+    def with_heads(self, checkpoint: Checkpoint, trees: Items[TokenTree]) -> Limits:
+        """The same sizes with other heads. Raises ValueError for trees that they leave no room for."""
+        widest = max([GUESS_WIDTH - 1, *(tree.max_rank for tree in trees)]) + 1
+        guess_width = min(widest, checkpoint.config.head_vocab_size)
+        limits = replace(self, num_heads=checkpoint.config.num_heads, guess_width=guess_width)
+        for tree in trees:
+            limits.check_tree(tree)
+        if limits.table_width > self.table_width:
+            raise ValueError(
+                f"{limits.num_heads} heads write further ahead than this engine's {self.num_heads}; start it with them"
+            )
+        return limits
+
     def max_new_tokens(self, prompt_ids: Items[int], params: SamplingParams) -> int:
         """How long the reply can become before its request or the context ends it."""
         return min(params.max_tokens, self.max_model_len - len(prompt_ids))
@@ -94,8 +107,9 @@ class Limits:
         unknown = [token for token in asked if not 0 <= token < self.vocab_size]
         if unknown:
             raise ValueError(f"token ids {unknown[:5]} are outside the vocabulary of {self.vocab_size} tokens")
-        if params.logprobs is not None and params.logprobs > self.vocab_size:
-            raise ValueError(f"logprobs={params.logprobs} asks for more tokens than the vocabulary's {self.vocab_size}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (wanted := getattr(params, name)) is not None and wanted > self.vocab_size:
+                raise ValueError(f"{name}={wanted} asks for more tokens than the vocabulary's {self.vocab_size}")
         needed = self.pages_needed(len(prompt_ids) + self.max_new_tokens(prompt_ids, params))
         if needed > self.num_pages:
             raise ValueError(

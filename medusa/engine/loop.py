@@ -93,7 +93,10 @@ class StepLoop:
         while self._in_flight and self._in_flight[0].number <= self._number - lag:
             step = self._in_flight.popleft()
             for i, (sequence, tokens) in enumerate(zip(step.sequences, step.launched.collect(), strict=True)):
-                if sequence.finish_reason is None and tokens.token_ids:
+                if sequence.finish_reason is not None:
+                    continue
+                sequence.prompt_logprobs.extend(tokens.prompt_logprobs)
+                if tokens.token_ids:
                     outputs.append(self._take(sequence, step.trees[i] if step.trees else None, tokens))
         return outputs
 

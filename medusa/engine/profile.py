@@ -86,7 +86,7 @@ class Profiler:
         params = SamplingParams(max_tokens=1, temperature=0.0)
         prompt_ids = [token % self._limits.vocab_size for token in range(context)]
         for index in range(batch_size):
-            self._scheduler.waiting.append(
+            self._scheduler.add(
                 Sequence(f"profile-{index}", 0, prompt_ids, params, seed=0, tokenizer=self._tokenizer, max_new_tokens=1)
             )
         sequences = self._scheduler.admit()

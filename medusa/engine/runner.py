@@ -22,11 +22,12 @@ from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
 from medusa.engine.speculation import Buckets
 from medusa.engine.step import Done, PrefillChunk, StepTokens
+from medusa.heads import DraftHeads
 from medusa.kernels.linear import pack
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone
-from medusa.sampling import SamplingBatch, forbid_end, penalise
-from medusa.tree import TokenTree
+from medusa.sampling import SamplingBatch, forbid_end, penalise, restrict
+from medusa.tree import Path, TokenTree
 
 MAX_PADDED_TOKENS = 2048  # of one prefill forward, to bound its memory
 
@@ -59,6 +60,7 @@ class Runner:
         self._backbone = backbone
         self._cache = cache
         self._acceptance = acceptance
+        self._heads = checkpoint.heads if checkpoint else None
         self._drafter: Drafter | None = None
         if checkpoint is not None:
             self._drafter = make_drafter(checkpoint.heads, backbone, max_batch_size, guess_width)
@@ -85,7 +87,7 @@ class Runner:
         steps: dict[Sequence, StepTokens] = {}
         for group in _prefill_groups(chunks, self._cache.tables.shape[1] * PAGE_SIZE):
             for chunk, tokens in zip(group, self._prefill_group(group, num_heads), strict=True):
-                steps[chunk.sequence] = tokens if chunk.gives_token else StepTokens([], [])
+                steps[chunk.sequence] = tokens if chunk.gives_token else replace(tokens, token_ids=[], logprobs=[])
         return Done([steps[chunk.sequence] for chunk in chunks])
 
     @torch.inference_mode()
@@ -105,6 +107,13 @@ class Runner:
         last_hidden_Bd = hidden_BNd[torch.arange(len(rows_B), device=rows_B.device), accepted.last_B]
         self._commit(rows_B, length_B + accepted.num_B, accepted.bonus_B, last_hidden_Bd, num_heads)
         return Done(_to_host(sequences, tokens_BN, accepted, logits_BNV))
+
+    @torch.no_grad()
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
+        """As StepRunner.take_heads."""
+        assert self._heads is not None
+        self._heads.load_state_dict(heads.state_dict())
+        return self._heads
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
         """As StepRunner.rewind."""
@@ -161,7 +170,19 @@ class Runner:
         root_B = torch.where(told_B >= 0, told_B, accepted.bonus_B)
         needs_heads = any(chunk.is_last for chunk in chunks)
         self._commit(batch.rows_B, end_B, root_B, last_hidden_Bd, num_heads if needs_heads else 0)
-        return _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
+        steps = _to_host(sequences, tokens_BN[:, :1], accepted, logits_B1V)
+        return [self._with_prompt(chunk, *pair) for chunk, *pair in zip(chunks, steps, hidden_BNd, strict=True)]
+
+    def _with_prompt(self, chunk: PrefillChunk, step: StepTokens, hidden_Nd: torch.Tensor) -> StepTokens:
+        """Adds what the model made of the prompt's tokens that follow the chunk's, where that is asked for."""
+        if not chunk.sequence.needs_prompt_logprobs:
+            return step
+        following = chunk.sequence.prompt_ids[chunk.start + 1 : chunk.end + 1]
+        if not following:
+            return step
+        logits_DV = self._backbone.logits(hidden_Nd[: len(following)])
+        wanted = chunk.sequence.params.prompt_logprobs or 0
+        return replace(step, prompt_logprobs=token_logprobs(logits_DV, following, wanted))
 
     def _forward(
         self, rows_B: torch.Tensor, length_B: torch.Tensor, tree: TreeBatch, tokens_BN: torch.Tensor
@@ -234,8 +255,8 @@ def _prefill_groups(chunks: Items[PrefillChunk], num_positions: int) -> list[lis
 def _processed(
     sequences: Items[Sequence], tree: TreeBatch, tokens_BN: torch.Tensor, logits_BNV: torch.Tensor
 ) -> torch.Tensor:
-    """Logits after min_tokens, logit_bias and penalties; only sequences that ask for them pay for them."""
-    asking = [b for b, s in enumerate(sequences) if s.is_early or s.params.logit_bias or s.params.has_penalties]
+    """Logits after min_tokens, logit_bias, penalties and grammars; only sequences that ask for them pay for them."""
+    asking = [b for b, s in enumerate(sequences) if s.is_early or s.params.changes_logits]
     if not asking:
         return logits_BNV
     logits_BNV = logits_BNV.to(torch.float32, copy=True)
@@ -247,6 +268,10 @@ def _processed(
         if sequence.is_early:
             stop_ids, num_tokens = sorted(sequence.stop_ids), len(sequence.output_ids)
             logits_BNV[b] = forbid_end(logits_BNV[b], stop_ids, num_tokens, params.min_tokens, tree.depth_BN[b])
+        if params.grammar is not None:
+            allowed_NV = sequence.allowed(tokens_BN[b].tolist(), tree.parent_BN[b].tolist())
+            assert allowed_NV is not None
+            logits_BNV[b] = restrict(logits_BNV[b], allowed_NV.to(logits_BNV.device))
     return logits_BNV
 
 

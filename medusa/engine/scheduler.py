@@ -1,13 +1,15 @@
 """Which sequences run, what each does in a step, and on which pages.
 
-First come, first served: running sequences are older than waiting ones, and both lists are in order of age. Pages are
-taken as a sequence grows. When they run out the youngest running sequence loses its own and goes back to the head of
-the queue, to be computed again later. The oldest can take pages from all others, and no request is taken that could
-not run alone; so it always gets on, and everyone becomes the oldest in time.
+First come, first served, within a priority: both lists are in order of turn. Pages are taken as a sequence grows. When
+they run out the last running sequence loses its own and goes back to its turn in the queue, to be computed again later.
+The first can take pages from all others, and no request is taken that could not run alone; so it always gets on, and
+everyone becomes the first in time, once those of a lower priority are done.
 """
 
 from __future__ import annotations
 
+import itertools
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +44,14 @@ class Scheduler:
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._ages = itertools.count()
         self.num_preemptions = 0
         self.num_reused_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Lets it wait for its turn."""
+        sequence.age = next(self._ages)
+        insort(self.waiting, sequence, key=_turn)
 
     def holds(self, request_id: str) -> bool:
         return any(sequence.request_id == request_id for sequence in (*self.running, *self.waiting))
@@ -77,7 +85,7 @@ class Scheduler:
             if self.running and promised > self._cache.pool.num_available:
                 break
             sequence.row = self._rows.pop()
-            self.running.append(self.waiting.popleft())
+            insort(self.running, self.waiting.popleft(), key=_turn)
             admitted.append(sequence)
         return admitted
 
@@ -148,6 +156,8 @@ class Scheduler:
 
     def _shareable_digests(self, sequence: Sequence) -> list[bytes]:
         """Of full pages before the last token to fill, which is always computed: the heads need its hidden state."""
+        if sequence.needs_prompt_logprobs:
+            return []
         return sequence.page_digests(self._cache.pool.root_digest, (sequence.num_to_fill - 1) // PAGE_SIZE)
 
     def _pages_to_come(self, sequence: Sequence) -> int:
@@ -158,16 +168,20 @@ class Scheduler:
         return total - self._cache.pool.num_shareable_in_use(self._shareable_digests(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Takes the row and pages of the youngest running sequence; it is to be the next to run again."""
+        """Takes the row and pages of the last running sequence, which waits for its turn again."""
         self.running.remove(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_turn)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.row)
         self._rows.append(sequence.row)
         sequence.forget_cache()
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn
 
 
 def _decodes(sequence: Sequence, chunk: PrefillChunk | None) -> bool:

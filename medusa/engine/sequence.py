@@ -1,4 +1,4 @@
-"""One reply in the making: its tokens, its text, and when it ends. Host data only; tensors live in the runner."""
+"""One reply in the making: its tokens, its text, and when it ends. Host data alone; the runner has the model's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from medusa.engine.acceptance import Acceptance
 from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.engine.page_pool import chain
+from medusa.grammar import Matcher
 from medusa.sampling import SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
@@ -27,7 +30,8 @@ class TokenLogprob:
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A finished reply. `token_ids` includes the EOS that ended it. `accepted_per_step` counts, for each decode step,
-    the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step."""
+    the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step.
+    `prompt_logprobs` begin with the prompt's second token: nothing precedes the first."""
 
     request_id: str
     index: int
@@ -38,6 +42,7 @@ class Completion:
     seed: int
     accepted_per_step: list[int]
     logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def num_steps(self) -> int:
@@ -51,7 +56,8 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What one step added to one reply. `finished` carries the whole reply when it ended with this step."""
+    """What one step added to one reply. `finished` carries the whole reply when it ended with this step;
+    `prompt_logprobs`, where asked for, come with the first."""
 
     request_id: str
     index: int
@@ -60,6 +66,7 @@ class Output:
     num_draft_accepted: int = 0
     logprobs: list[TokenLogprob] | None = None
     finished: Completion | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Sequence:
@@ -79,6 +86,7 @@ class Sequence:
         seed: int,
         tokenizer: ChatTokenizer,
         max_new_tokens: int,
+        matcher: Matcher | None = None,
     ) -> None:
         self.request_id = request_id
         self.index = index
@@ -86,18 +94,26 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.max_new_tokens = max_new_tokens
+        self._matcher = matcher
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(tokenizer.eos_token_ids))
+        self.age = 0  # its turn among those of the same priority; the scheduler gives it
         self.row = -1
         self.num_cached = self.least_ahead = self.most_ahead = 0
         self.output_ids: list[int] = []
         self.accepted_per_step: list[int] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.acceptance = Acceptance()
         self.finish_reason: FinishReason | None = None
         self._detokenizer = tokenizer.detokenizer()
         self._digests: list[bytes] = []
         self._text = ""
         self._emitted = 0  # characters already given out
+
+    @property
+    def turn(self) -> tuple[int, int]:
+        """Who comes first, last to give up its pages: the lower priority, then the older."""
+        return self.params.priority, self.age
 
     @property
     def num_tokens(self) -> int:
@@ -122,6 +138,19 @@ class Sequence:
         """Whether the next token may not end the reply yet."""
         return len(self.output_ids) < self.params.min_tokens
 
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether its prompt is to be computed token by token, though its pages may be known."""
+        return self.params.prompt_logprobs is not None and not self.output_ids
+
+    def allowed(self, token_ids: Tokens[int], parents: Tokens[int]) -> torch.Tensor | None:
+        """Which tokens its grammar lets follow each node of a tree, [N, V], after all tokens that it has; None without
+        a grammar."""
+        if self._matcher is None:
+            return None
+        self._matcher.advance(self.output_ids[self._matcher.num_tokens :])
+        return self._matcher.allowed(token_ids, parents)
+
     def tokens(self, start: int, end: int) -> list[int]:
         """Of prompt and reply."""
         split = len(self.prompt_ids)
@@ -136,6 +165,8 @@ class Sequence:
 
     def forget_cache(self) -> None:
         """It has lost its row and pages."""
+        if self.needs_prompt_logprobs:
+            self.prompt_logprobs.clear()
         self.row = -1
         self.num_cached = self.least_ahead = self.most_ahead = 0
 
@@ -144,6 +175,7 @@ class Sequence:
 
         `decoded` is False for the prefill's token, which no decode step counts.
         """
+        is_first = not self.output_ids
         kept: list[int] = []
         for token_id in token_ids:
             kept.append(token_id)
@@ -161,6 +193,7 @@ class Sequence:
             num_draft_accepted=len(kept) - 1 if decoded else 0,
             logprobs=list(logprobs[: len(kept)]) if self.params.logprobs is not None else None,
             finished=self.completion() if self.finish_reason else None,
+            prompt_logprobs=self._given_prompt_logprobs() if is_first else None,
         )
 
     def abort(self) -> Output:
@@ -181,7 +214,11 @@ class Sequence:
             seed=self.seed,
             accepted_per_step=list(self.accepted_per_step),
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
+            prompt_logprobs=self._given_prompt_logprobs(),
         )
+
+    def _given_prompt_logprobs(self) -> list[TokenLogprob] | None:
+        return list(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
 
     def _ends_with(self, token_id: int) -> bool:
         """Adds the last token's text and decides whether it ends the reply: stop id, stop string, then length."""

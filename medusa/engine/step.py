@@ -14,20 +14,25 @@ The rules between the two:
 from __future__ import annotations
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.speculation import Buckets
-from medusa.tree import TokenTree
+from medusa.heads import DraftHeads
+from medusa.tree import Path, TokenTree
 
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a launch gave one sequence, in order; log-probabilities only when its request asks for them."""
+    """What a launch gave one sequence, in order; log-probabilities only when its request asks for them.
+
+    `prompt_logprobs` are a chunk's, of the prompt's tokens after each of its own.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -101,12 +106,19 @@ class StepRunner(Protocol):
 
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
         """Computes the chunks' keys and values; after a last chunk also the next token, as drawn or as told, and the
-        guesses of the first `num_heads` heads. Chunks that are not the last give no token."""
+        guesses of the first `num_heads` heads. Chunks that are not the last give no token. A chunk of a sequence that
+        `needs_prompt_logprobs` gives those of the prompt's tokens that follow its own."""
         ...
 
     def decode(self, sequences: Items[Sequence], trees: Items[TokenTree], *, num_heads: int) -> Launched:
         """One step with a tree a sequence: propose, verify in one forward, accept, commit. `num_heads` heads guess for
         the next step; nodes deeper than the heads that guessed for this one take no part."""
+        ...
+
+    def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
+        """Guesses with the weights of these heads from the next launch on, and returns those that hold them: they are
+        copied into the ones in use, which must have the same shape. Guesses that were made stay. `growth` is the order
+        in which the trees of these heads grow."""
         ...
 
     def rewind(self, sequences: Items[Sequence], length: int) -> None:

@@ -32,11 +32,15 @@ class TreeRows:
     def __init__(self, trees: Trees, growth: Items[Path] = ()) -> None:
         self._trees = trees
         self._device = trees.parent_RN.device
-        room = trees.parent_RN.shape[1]
+        self._held: dict[int, tuple[Path, ...]] = {}
+        self.regrow(growth)
+
+    def regrow(self, growth: Items[Path]) -> None:
+        """Other trees grow from now on, in this order; rows hold what they held."""
+        room = self._trees.parent_RN.shape[1]
         self._growth: tuple[Path, ...] = ((), *(tuple(path) for path in growth if path))[:room]
         self._templates: dict[tuple[Path, ...], _Template] = {}
         self._orders: dict[TokenTree, tuple[Path, ...]] = {}
-        self._held: dict[int, tuple[Path, ...]] = {}
 
     def place(self, rows: list[int], trees: Items[TokenTree]) -> list[int]:
         """Makes each row hold its tree; returns the counts of nodes."""
@@ -54,6 +58,12 @@ class TreeRows:
         """The tree's ancestors [N, N] and depths [N] in the order in which its nodes lie on the device."""
         template, count = self._template(self._order(tree)), tree.num_nodes
         return template.ancestors_NN[:count, :count], template.depth_N[:count].long()
+
+    def parents(self, tree: TokenTree) -> list[int]:
+        """Each node's parent in that order; -1 for the root."""
+        order = self._order(tree)[: tree.num_nodes]
+        index = {path: node for node, path in enumerate(order)}
+        return [index[path[:-1]] if path else -1 for path in order]
 
     def _order(self, tree: TokenTree) -> tuple[Path, ...]:
         if tree not in self._orders:

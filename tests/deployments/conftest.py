@@ -16,9 +16,11 @@ from deployments.async_engine import AsyncEngine
 from medusa import EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
 from medusa.engine.sequence import Output, Sequence
+from medusa.grammar import Grammars
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 
+PAGES_EACH = 4  # of 64 tokens: the context of 256
 REPLY = "Two words, und ein paar Umlaute: äöü, €, 🙂 and a Stop here. "
 
 
@@ -32,6 +34,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer: ChatTokenizer, *, reply: str = REPLY, width: int = 3, max_batch_size: int = 4):
         self.tokenizer = tokenizer
         self.backbone = SimpleNamespace(vocab_size=tokenizer.vocab_size)
+        self.grammars = Grammars(tokenizer, tokenizer.vocab_size)
         self.max_model_len = 256
         self.max_batch_size = max_batch_size
         self.script = tokenizer.hf.encode(reply, add_special_tokens=False)
@@ -42,8 +45,10 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.threads: set[int] = set()
         self.aborted: list[str] = []
+        self.must_be_idle = False
+        self.swapped: list[object] = []
         self._sequences: list[Sequence] = []
-        self._steps = 0
+        self._steps = self._prefilled = self._drafted = self._accepted = 0
 
     def add(self, prompt: str | list[int], params: SamplingParams, *, request_id: str) -> str:
         self.threads.add(threading.get_ident())
@@ -79,15 +84,29 @@ class ScriptedEngine:
 
     def _advance(self, sequence: Sequence) -> Output:
         done = len(sequence.output_ids)
+        self._prefilled += 0 if done else len(sequence.prompt_ids)
+        self._drafted += self.width - 1 if done else 0
         width = self.width if done else 1
         ids = [self.script[(done + i) % len(self.script)] for i in range(width)]
         top = sequence.params.logprobs or 0
         logprobs = [TokenLogprob(t, -0.25, [(t, -0.25), (0, float("-inf"))][:top]) for t in ids]
-        return sequence.append(ids, logprobs, decoded=done > 0)
+        output = sequence.append(ids, logprobs, decoded=done > 0)
+        self._accepted += output.num_draft_accepted
+        return output
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
         self._sequences = [sequence for sequence in self._sequences if sequence.request_id != request_id]
+
+    def must_be_idle_for(self, checkpoint: object) -> bool:
+        return self.must_be_idle
+
+    def swap_heads(self, checkpoint: object) -> None:
+        self.threads.add(threading.get_ident())
+        assert not (self.must_be_idle and self._sequences)
+        if isinstance(checkpoint, Exception):
+            raise checkpoint
+        self.swapped.append(checkpoint)
 
     def has_unfinished(self) -> bool:
         return bool(self._sequences)
@@ -98,10 +117,12 @@ class ScriptedEngine:
             running=running,
             waiting=len(self._sequences) - running,
             steps=self._steps,
-            prefill_tokens=0,
+            prefill_tokens=self._prefilled,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             decode_tokens=0,
             pages_used=running,
-            pages_total=self.max_batch_size,
+            pages_total=self.max_batch_size * PAGES_EACH,
             tree_size=self.width,
         )
 

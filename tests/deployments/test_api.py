@@ -15,11 +15,12 @@ from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
 
 @pytest.fixture
 def api(async_engine, tokenizer):
-    return build_api(async_engine, tokenizer, "tiny", served={"heads": "v7"}, fingerprint="fp")
+    return build_api(async_engine, tokenizer, "tiny", served={"backbone_digest": "sha256:0123456789abcdef"})
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ async def test_a_chat_completion(client, scripted):
     body = response.json()
     assert body["object"] == "chat.completion"
     assert body["model"] == "tiny"
-    assert body["system_fingerprint"] == "fp"
+    assert body["system_fingerprint"] == "medusa-0123456789ab"
     assert body["id"] == f"chatcmpl-{response.headers['x-request-id']}"
     (choice,) = body["choices"]
     assert choice == {
@@ -106,6 +107,7 @@ async def test_usage_counts_tokens_and_tells_what_speculation_gained(client):
         "accepted_tokens": 11,
         "mean_acceptance_length": 2.75,
         "accepted_per_depth": [4, 3],
+        "heads_version": None,
     }
 
 
@@ -226,8 +228,10 @@ async def test_continuous_usage_grows_chunk_by_chunk(client):
     chunks = events(await client.post("/v1/completions", json=body))
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
     assert counts == sorted(counts)
-    assert counts[0] == 1
     assert counts[-1] == 10
+    steps = [chunk["usage"]["medusa"]["steps"] for chunk in chunks]
+    assert steps == sorted(steps)
+    assert steps[-1] == 3
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 50])
@@ -274,7 +278,14 @@ async def test_models_health_and_version(client):
     health = (await client.get("/health")).json()
     assert health["status"] == "ok"
     assert health["engine"]["running"] == 0
-    assert (await client.get("/version")).json() == {"version": medusa.__version__, "model": "tiny", "heads": "v7"}
+    assert health["heads"] == {"version": None, "digest": None}
+    assert (await client.get("/version")).json() == {
+        "version": medusa.__version__,
+        "model": "tiny",
+        "heads_version": None,
+        "heads_digest": None,
+        "backbone_digest": "sha256:0123456789abcdef",
+    }
 
 
 async def test_the_description_of_the_api_names_the_fields(client):
@@ -347,7 +358,7 @@ async def test_a_body_of_another_type(client):
     ("path", "body", "param", "words"),
     [
         ("chat/completions", HELLO | {"temperature": -1}, "temperature", "got -1"),
-        ("chat/completions", HELLO | {"tools": [{}]}, "tools", "not supported"),
+        ("chat/completions", HELLO | {"tools": [TOOL]}, "tools", "chat template has no place for tools"),
         ("chat/completions", HELLO | {"min_tokens": 9, "max_tokens": 5}, "min_tokens", "0 to max_tokens"),
         ("completions", {"prompt": "x", "logit_bias": {"99999": 1}}, "logit_bias", "[99999] are outside"),
         ("completions", {"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids", "[-1] are outside"),

@@ -9,7 +9,8 @@ from contextlib import aclosing
 
 import pytest
 
-from deployments.async_engine import AsyncEngine, EngineUnavailable, QueueFull
+from deployments.admission import QueueFull
+from deployments.async_engine import AsyncEngine, EngineUnavailable
 from medusa import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
@@ -117,13 +118,14 @@ async def test_a_caller_cancelled_before_the_engine_answered_frees_its_place(asy
         await second
     scripted.gate.set()
     assert await first
-    await until(lambda: len(scripted.aborted) == 1 and async_engine.stats().running == 0)
+    await until(lambda: async_engine._inbox.empty() and async_engine.stats().running == 0)
+    assert not scripted.has_unfinished()
     assert not async_engine._open
 
 
 async def test_a_full_queue_is_refused_and_opens_again(async_engine, scripted):
     scripted.gate.clear()
-    running = [asyncio.ensure_future(collect(async_engine)) for _ in range(async_engine.capacity)]
+    running = [asyncio.ensure_future(collect(async_engine)) for _ in range(async_engine.bounds.replies)]
     await asyncio.sleep(0)
     with pytest.raises(QueueFull, match="8 of 8 places are taken") as refusal:
         await async_engine.submit([("hello", GREEDY)])

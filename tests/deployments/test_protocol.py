@@ -7,9 +7,12 @@ import logging
 import pytest
 from pydantic import ValidationError
 
-from deployments.protocol import ChatCompletionRequest, CompletionRequest, explain
-from medusa import SamplingParams
+from deployments.chat_protocol import ChatCompletionRequest
+from deployments.fields import explain
+from deployments.protocol import CompletionRequest
+from medusa import Grammar, SamplingParams
 
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -49,7 +52,7 @@ def test_every_sampling_field_reaches_the_engine():
         n=2,
         stop="end",
         stop_token_ids=[7],
-        ignore_eos=True,
+        ignore_eos=False,
         include_stop_str_in_output=True,
         repetition_penalty=1.1,
         presence_penalty=0.2,
@@ -57,6 +60,9 @@ def test_every_sampling_field_reaches_the_engine():
         logit_bias={"42": -100},
         logprobs=True,
         top_logprobs=4,
+        priority=-3,
+        acceptance="exact",
+        structured_outputs={"choice": ["a.", "b"]},
     )
     assert params == SamplingParams(
         max_tokens=5,
@@ -69,13 +75,16 @@ def test_every_sampling_field_reaches_the_engine():
         n=2,
         stop=("end",),
         stop_token_ids=(7,),
-        ignore_eos=True,
+        ignore_eos=False,
         include_stop_str_in_output=True,
         repetition_penalty=1.1,
         presence_penalty=0.2,
         frequency_penalty=-0.3,
         logit_bias={42: -100.0},
         logprobs=4,
+        priority=-3,
+        acceptance="exact",
+        grammar=Grammar("regex", r"a\.|b"),
     )
 
 
@@ -85,6 +94,39 @@ def test_logprobs_count_alternatives():
     assert chat_params(logprobs=False).logprobs is None
     assert text_params(logprobs=3).logprobs == 3
     assert text_params(logprobs=0).logprobs == 0
+
+
+def test_echoed_prompts_have_as_many_alternatives_as_replies():
+    assert text_params(echo=True, logprobs=3).prompt_logprobs == 3
+    assert text_params(echo=True).prompt_logprobs is None
+    assert text_params(logprobs=3).prompt_logprobs is None
+    assert text_params(ignore_eos=True).ignore_eos
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_schema", '{"type": "object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array"}}}},
+            Grammar("json_schema", '{"type": "array"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "array"}}}, Grammar("json_schema", '{"type": "array"}')),
+        ({"structured_outputs": {"json": '{"type": "array"}'}}, Grammar("json_schema", '{"type": "array"}')),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_schema", '{"type": "object"}')),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"grammar": "start: x"}}, Grammar("lark", "start: x")),
+    ],
+)
+def test_the_forms_that_a_reply_may_have(fields, grammar):
+    assert chat_params(**fields).grammar == grammar
+
+
+def test_a_huge_schema_is_refused():
+    body = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}}
+    with pytest.raises(ValueError, match="at most 65536 are allowed"):
+        chat_params(**body)
 
 
 def test_top_k_minus_one_is_all_tokens():
@@ -145,9 +187,10 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "5 and max_completion_tokens 6 differ"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "hello"}, "messages", "valid list"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "'user' or 'assistant', got \"tool\""),
+        ({"messages": [{"role": "nurse", "content": "x"}]}, "messages.0.role", "'assistant' or 'tool', got \"nurse\""),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required but absent"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "a string or a list of parts"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "required but absent"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "a string or a list of parts"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages.0.content.0.type",
@@ -155,8 +198,48 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages.0.tool_calls.0.function",
+            "required but absent",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}
+                ]
+            },
             "messages.0.tool_calls",
-            "not supported",
+            "only an assistant's",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "required but absent"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
+        ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),
+        ({"tool_choice": "required"}, "tool_choice", "only allowed with tools"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "tool_choice.function.name",
+            "none of the tools ['weather']",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": "required", "response_format": {"type": "json_object"}},
+            "tool_choice",
+            "send one",
+        ),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object' or 'json_schema'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with type json_schema"),
+        ({"response_format": {"type": "text", "x": 1}}, "response_format.x", "not permitted"),
+        ({"structured_outputs": {}}, "structured_outputs", "exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one of"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+            "send one",
+        ),
+        ({"priority": 2**31}, "priority", "less than"),
+        ({"acceptance": "typical"}, "acceptance", "'exact'"),
+        (
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "begun or continued",
         ),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", "service"),
     ],
@@ -171,16 +254,11 @@ def test_bad_values_are_named(fields, param, words):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "auto"},
         {"functions": [{"name": "f"}]},
-        {"response_format": {"type": "json_object"}},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "x"}},
         {"guided_json": {}},
-        {"structured_outputs": {"regex": "x"}},
         {"chat_template": "x"},
-        {"continue_final_message": True},
         {"echo": True},
         {"use_beam_search": True},
         {"truncate_prompt_tokens": 5},
@@ -195,7 +273,7 @@ def test_what_would_change_the_meaning_is_refused_by_name(fields):
     assert "is not supported here; leave the field out" in message
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"echo": True}, {"best_of": 2}, {"best_of": 1, "n": 2}])
+@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 1, "n": 2}])
 def test_plain_completions_refuse_their_own(fields):
     assert refusal(CompletionRequest, {"prompt": "x"} | fields)[1] == next(iter(fields))
 

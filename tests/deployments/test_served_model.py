@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 
 import httpx
 import pytest
 
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
-from medusa import Engine, SamplingParams
+from deployments.config import HeadsConfig
+from deployments.heads_slot import HeadsSlot
+from medusa import Engine, Grammar, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = ["The quick brown fox", "def fibonacci(n):", "Water boils at", "Explain step by step"]
@@ -148,3 +152,123 @@ async def test_acceptance_is_told_for_each_request_and_depth(client):
     assert medusa["accepted_tokens"] == usage["completion_tokens"] - 1 == 63
     assert medusa["mean_acceptance_length"] == medusa["accepted_tokens"] / medusa["steps"] > 1
     assert medusa["accepted_tokens"] == medusa["steps"] + sum(medusa["accepted_per_depth"])
+
+
+async def test_an_echo_has_the_prompt_and_its_logprobs_as_lm_eval_asks_for_them(client, plain):
+    prompts = [plain.tokenizer.encode(prompt) for prompt in PROMPTS[:2]]
+    expected = plain.generate(prompts, SamplingParams(max_tokens=1, temperature=0.0, logprobs=1, prompt_logprobs=1))
+    fields = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1234}
+    answer = await complete(client, prompts, **fields)
+    for choice, prompt, completion in zip(answer["choices"], prompts, expected, strict=True):
+        logprobs = choice["logprobs"]
+        whole = [*completion.prompt_logprobs, *completion.logprobs]
+        assert choice["text"] == plain.tokenizer.decode(prompt, skip_special_tokens=False) + completion.text
+        assert len(logprobs["tokens"]) == len(prompt) + 1
+        assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+        assert logprobs["token_logprobs"][1:] == pytest.approx([entry.logprob for entry in whole], abs=1e-4)
+        best = [max(alternatives.values()) for alternatives in logprobs["top_logprobs"][1:]]
+        assert best == pytest.approx([entry.top[0][1] for entry in whole], abs=1e-4)
+        places = list(zip(logprobs["text_offset"], logprobs["tokens"], strict=True))[:-1]
+        assert all(choice["text"][offset:].startswith(token) for offset, token in places)
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+async def test_a_streamed_echo_begins_with_the_prompt(client, logprobs):
+    body = {"prompt": [PROMPTS[0], PROMPTS[1]], "n": 2, "max_tokens": 8, "seed": 1, "echo": True, "logprobs": logprobs}
+    whole = (await complete(client, **body))["choices"]
+    response = await client.post("/v1/completions", json=body | {"stream": True})
+    chunks = [httpx.Response(200, content=line[6:]).json() for line in response.text.split("\n\n")[:-2]]
+    for choice in whole:
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert choice["text"].startswith(PROMPTS[choice["index"] // 2])
+        if logprobs is not None:
+            tokens = [token for part in own if part["logprobs"] for token in part["logprobs"]["tokens"]]
+            assert tokens == choice["logprobs"]["tokens"]
+
+
+async def test_a_reply_of_a_given_form_is_what_plain_decoding_gives_under_it(client, plain):
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 22, 333]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    grammar = Grammar("json_schema", json.dumps(schema))
+    params = SamplingParams(max_tokens=200, temperature=0.8, seed=4, grammar=grammar)
+    (expected,) = plain.generate([plain.tokenizer.encode_chat(MESSAGES)], params)
+    body = {"messages": MESSAGES, "max_tokens": 200, "temperature": 0.8, "seed": 4, "response_format": form}
+    answer = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    assert answer["message"]["content"] == expected.text
+    assert answer["finish_reason"] == expected.finish_reason == "stop"
+    assert json.loads(expected.text)["a"] in (1, 22, 333)
+    answer = await complete(client, PROMPTS[0], structured_outputs={"choice": ["one way", "another"]}, temperature=0)
+    assert answer["choices"][0]["text"] in ("one way", "another")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
+        ({"structured_outputs": {"regex": "[a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+async def test_a_form_that_cannot_be_used_is_refused(client, fields, param):
+    response = await client.post("/v1/completions", json={"prompt": "x"} | fields)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
+
+
+async def test_an_urgent_request_overtakes_what_waits(client):
+    """Four rows are taken; of those that wait the last to come is the first to run."""
+    finished = []
+
+    async def ask(name, **fields):
+        await complete(client, PROMPTS[0], temperature=0, ignore_eos=True, **fields)
+        finished.append(name)
+
+    async def until(key, count):
+        while (await client.get("/health")).json()["engine"][key] != count:
+            await asyncio.sleep(0)
+
+    running = [asyncio.ensure_future(ask(f"running {i}", max_tokens=450)) for i in range(4)]
+    await until("running", 4)
+    patient = asyncio.ensure_future(ask("patient", max_tokens=40, priority=1))
+    await until("waiting", 1)
+    urgent = asyncio.ensure_future(ask("urgent", max_tokens=4, priority=-1))
+    await until("waiting", 2)
+    await asyncio.gather(*running, patient, urgent)
+    assert finished.index("urgent") < finished.index("patient")
+
+
+async def test_heads_that_change_under_load_change_no_reply(tiny_llama, tiny_heads, tmp_path, plain):
+    """Six clients ask without a pause while the heads change ten times, in a replica's own way of changing them."""
+    folders = [tmp_path / name for name in ("a", "b")]
+    for i, folder in enumerate(folders):
+        shutil.copytree(tiny_heads, folder)
+        (folder / "README.md").write_text(f"version {i}")
+    engine = Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4)
+    running = AsyncEngine(engine)
+    slot = HeadsSlot(running, engine.backbone)
+    params = [SamplingParams(max_tokens=24 + i, temperature=0.8, seed=i, ignore_eos=True) for i in range(6)]
+    expected = [plain.generate([PROMPTS[0]], p)[0].text for p in params]
+    versions, stop = set(), asyncio.Event()
+
+    async def ask(client, i):
+        p = params[i]
+        while not stop.is_set():
+            fields = {"max_tokens": p.max_tokens, "temperature": 0.8, "seed": p.seed, "ignore_eos": True}
+            answer = await complete(client, PROMPTS[0], **fields)
+            assert answer["choices"][0]["text"] == expected[i]
+            versions.add(answer["usage"]["medusa"]["heads_version"])
+
+    api = build_api(running, engine.tokenizer, "tiny")
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:
+        asking = [asyncio.ensure_future(ask(client, i)) for i in range(6)]
+        for change in range(10):
+            await slot.take(HeadsConfig(heads=str(folders[change % 2]), heads_version=str(change)))
+            assert running.failed_heads is None
+            await asyncio.sleep(0.1)
+        stop.set()
+        await asyncio.gather(*asking)
+    assert len(versions) > 3
+    assert running.stats().pages_used == 0
+    running.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,11 +19,15 @@ import httpx
 import openai
 import psutil
 import pytest
+import ray
 import yaml
+from safetensors import SafetensorError
 
-from deployments import server
+from deployments import local
 from deployments.async_engine import EngineUnavailable
-from deployments.server import MedusaServer, ServerConfig, build_app, load_service
+from deployments.autoscaling import LoadPolicy
+from deployments.config import ServerConfig
+from deployments.server import MedusaServer, build_app, load_service
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, load_config, to_dict
@@ -75,6 +80,10 @@ def test_the_deployment_follows_the_config():
     assert scaled.ray_actor_options["num_gpus"] == 0
     scaling = scaled._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 6.0)
+    assert scaling.policy.policy_function == "deployments.autoscaling:LoadPolicy"
+    assert scaling.policy.policy_kwargs["replies"] == 6.0
+    LoadPolicy(**scaling.policy.policy_kwargs)
+    assert fixed._deployment_config.user_config == {"heads": None, "heads_version": None, "heads_digest": None}
 
 
 def test_serve_yaml_is_what_serve_and_the_server_take():
@@ -100,22 +109,42 @@ def test_heads_of_another_digest_are_not_served(tiny_llama, tiny_heads):
         load_service(config)
 
 
-async def test_a_replica_is_as_healthy_as_its_engine(tiny_llama):
+def test_a_backbone_of_another_digest_is_not_served(tiny_llama):
+    config = ServerConfig(model=str(tiny_llama), backbone_digest="sha256:00", max_batch_size=1)
+    with pytest.raises(CheckpointMismatchError, match="but sha256:00 was to be served"):
+        load_service(config)
+
+
+def test_a_damaged_backbone_is_not_served(tiny_llama, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_llama, folder)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises((OSError, ValueError, SafetensorError)):
+        load_service(ServerConfig(model=str(folder), max_batch_size=1))
+
+
+async def test_a_replica_is_as_healthy_as_its_engine(tiny_llama, monkeypatch):
     written = MedusaServer.func_or_class.__mro__[1]  # what Serve wraps
     replica = written({"model": str(tiny_llama), "max_batch_size": 1})
+    with pytest.raises(EngineUnavailable, match="nothing is loaded"):
+        await replica.check_health()
+    monkeypatch.setattr("deployments.server._replica_name", lambda: "r1")
+    await replica.reconfigure({})
     await replica.check_health()
+    engine = replica._service.engine
 
     def broken():
         raise RuntimeError("CUDA error")
 
-    replica._engine._engine.step = broken
+    engine._engine.step = broken
     with pytest.raises(EngineUnavailable):
-        async for _ in replica._engine.generate("x", SamplingParams()):
+        async for _ in engine.generate("x", SamplingParams()):
             pass
     with pytest.raises(EngineUnavailable):
         await replica.check_health()
     replica.__del__()
-    assert not replica._engine._thread.is_alive()
+    assert not engine._thread.is_alive()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -132,9 +161,9 @@ def test_a_signal_ends_the_service_and_its_handlers(monkeypatch, number):
         steps.append(url)
         signal.raise_signal(number)
 
-    monkeypatch.setattr(server, "local_service", service)
+    monkeypatch.setattr(local, "local_service", service)
     before = signal.getsignal(number)
-    server.serve_local(ServerConfig(model="m"), on_ready=ready)
+    local.serve_local(ServerConfig(model="m"), on_ready=ready)
     assert steps == ["started", "http://here", "stopped"]
     assert signal.getsignal(number) is before
 
@@ -146,14 +175,15 @@ def test_a_port_in_use_is_named_before_anything_is_loaded(ray_cluster):
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            with server.local_service(ServerConfig(model="m", port=port)):
+            with local.local_service(ServerConfig(model="m", port=port)):
                 pass
 
 
 def test_without_ray_a_signal_ends_the_process_cleanly(tiny_llama):
     port = free_port()
     code = (
-        "from deployments.server import ServerConfig, serve_without_ray\n"
+        "from deployments.config import ServerConfig\n"
+        "from deployments.local import serve_without_ray\n"
         f"serve_without_ray(ServerConfig(model={str(tiny_llama)!r}, port={port}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -207,7 +237,7 @@ def url(ray_cluster, tiny_llama, tiny_heads):
         graceful_shutdown_timeout_s=5,
         max_body_bytes=100_000,
     )
-    with server.local_service(config) as url:
+    with local.local_service(config) as url:
         yield url
 
 
@@ -256,6 +286,25 @@ def test_models_version_and_health(client, url, tiny_heads):
     health = httpx.get(f"{url}/health")
     assert health.status_code == 200
     assert health.json()["status"] == "ok"
+
+
+@pytest.mark.ray
+def test_ray_exports_the_metrics_of_every_replica(client, url):
+    client.completions.create(model="tiny", prompt="x", max_tokens=3)
+    node = ray.nodes()[0]
+    exported = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def tokens():
+        lines = httpx.get(exported, timeout=10).text.splitlines()
+        return [line for line in lines if line.startswith("ray_medusa_generation_tokens_total{")]
+
+    wait_until(tokens, 60)
+    (line,) = tokens()
+    assert 'model_name="tiny"' in line and 'deployment="MedusaServer"' in line and "replica=" in line
+    assert float(line.rpartition(" ")[2]) >= 3
+    scraped = httpx.get(f"{url}/metrics").text
+    replica = re.search(r'replica="(\w+)"', scraped)[1]
+    assert replica in line
 
 
 @pytest.mark.ray

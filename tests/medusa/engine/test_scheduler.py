@@ -52,19 +52,19 @@ def scheduler(new_scheduler):
 def wait(tokenizer):
     """Puts a request in line whose prompt and first tree take so many pages; by default no two begin alike."""
 
-    def wait(scheduler, request_id, pages=1, index=0, max_new_tokens=1000, prompt=None):
+    def wait(scheduler, request_id, pages=1, index=0, max_new_tokens=1000, prompt=None, priority=0):
         if prompt is None:
             prompt = [ord(request_id)] * (pages * PAGE_SIZE - MAX_NODES)
         sequence = Sequence(
             request_id,
             index,
             prompt,
-            SamplingParams(max_tokens=max_new_tokens),
+            SamplingParams(max_tokens=max_new_tokens, priority=priority),
             seed=0,
             tokenizer=tokenizer,
             max_new_tokens=max_new_tokens,
         )
-        scheduler.waiting.append(sequence)
+        scheduler.add(sequence)
         return sequence
 
     return wait
@@ -112,6 +112,31 @@ def test_a_finished_sequence_makes_room_for_the_next(scheduler, wait):
     scheduler.retire()
     assert names(scheduler.running) == "bc" and a.row == -1
     assert names(scheduler.admit()) == "d" and scheduler.running[-1].row == row
+
+
+def test_a_lower_priority_comes_first_and_age_decides_within_one(scheduler, wait):
+    for name, priority in [("a", 0), ("b", 5), ("c", 0), ("d", -1), ("e", 5), ("f", -1)]:
+        wait(scheduler, name, priority=priority)
+    assert names(scheduler.waiting) == "dfacbe"
+    assert names(scheduler.admit()) == "dfa"
+
+
+def test_an_urgent_latecomer_keeps_its_pages_and_a_patient_one_gives_way(scheduler, wait):
+    """It is the last to have come, but not the last in turn."""
+    for name, priority in [("a", 5), ("b", 5)]:
+        wait(scheduler, name, pages=4, priority=priority)
+    step(scheduler)
+    wait(scheduler, "c", pages=2, priority=0)
+    step(scheduler)
+    assert names(scheduler.running) == "cab"
+    for _ in range(MAX_NODES):
+        step(scheduler)
+    assert names(scheduler.running) == "ca" and names(scheduler.waiting) == "b"
+    wait(scheduler, "d", priority=5)
+    assert names(scheduler.waiting) == "bd"
+    scheduler.remove("c")
+    scheduler.remove("a")
+    assert names(scheduler.admit()) == "bd"
 
 
 def test_a_large_request_that_does_not_fit_yet_is_not_overtaken(scheduler, wait):

@@ -1,0 +1,58 @@
+"""`medusa bench serve`: what REST costs beside the engine alone. Also `python benchmarks/serve.py`.
+
+This file is the command; benchmarks/serving.py does it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="The backbone: a folder or hub id.")] = "models/chat-8m",
+    heads: Annotated[str | None, typer.Option(help="Medusa heads; without them decoding is plain.")] = None,
+    speculation: Annotated[str, typer.Option(help="auto, off, or a tree size of the checkpoint's ladder.")] = "off",
+    concurrency: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "1,4,16,64",
+    requests: Annotated[int, typer.Option(help="Requests a concurrency.")] = 64,
+    prompt_tokens: int = 128,
+    reply_tokens: int = 128,
+    through: Annotated[str, typer.Option(help="uvicorn (one process) or ray (Ray Serve).")] = "uvicorn",
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the engine's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of serve.json and serve.md.")] = Path("runs/bench/serve"),
+) -> None:
+    """Measures tokens a second and the time to the first token, through REST and of the engine alone.
+
+    Example: `medusa bench serve --model models/chat-8m --concurrency 1,8 --requests 16`
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from benchmarks.serving import Load, compare, write_report
+    from deployments.config import ServerConfig
+    from deployments.local import free_port
+    from medusa.config import ConfigError, validate
+
+    if through not in ("uvicorn", "ray"):
+        raise ConfigError(f"--through is uvicorn or ray, got {through}")
+    numbers = concurrency.replace(" ", "").split(",")
+    if not all(number.isdigit() and int(number) for number in numbers):
+        raise ConfigError(f"--concurrency is numbers from 1 on with commas between, got {concurrency!r}")
+    load = Load(tuple(map(int, numbers)), requests, prompt_tokens, reply_tokens)
+    size = int(speculation) if speculation.isdigit() else speculation
+    given = {"model": model, "heads": heads, "speculation": size, "device": device, "dtype": dtype}
+    config = validate(ServerConfig, given | {"port": free_port()}, source="the command line")
+    console = Console()
+    console.print(f"measuring {config.served_name} alone, then through {through} ...", highlight=False)
+    report = write_report(out, config, load, through, compare(config, load, through=through))
+    console.print(Markdown(report.read_text()))
+    console.print(f"figures: {out / 'serve.json'}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    typer.run(serve)

@@ -1,0 +1,61 @@
+"""Outputs on their way from the engine's thread to event loops: a callback a loop, and under load for several steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from deployments.metrics import clock
+from deployments.streams import Stream
+from medusa import Output
+
+Item = tuple[int, Output] | Exception | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """While `from_running` replies or more are decoded, outputs are handed over at most every `seconds`: fewer, larger
+    chunks leave the interpreter to the engine. First and last tokens never wait."""
+
+    seconds: float = 0.02
+    from_running: int = 8
+
+
+class Handover:
+    """For one thread, the engine's. `on_gone` hears of streams whose loop was closed under them."""
+
+    def __init__(self, pace: Pace, on_gone: Callable[[Stream], None]) -> None:
+        self._pace = pace
+        self._on_gone = on_gone
+        self._held: list[tuple[Stream, Item]] = []
+        self._flushed = clock()
+
+    def hold(self, stream: Stream, item: tuple[int, Output]) -> None:
+        self._held.append((stream, item))
+
+    def is_due(self, num_running: int) -> bool:
+        """Whether what is held should be handed over, with so many replies being decoded."""
+        return num_running < self._pace.from_running or clock() - self._flushed >= self._pace.seconds
+
+    def flush(self) -> None:
+        held, self._held = self._held, []
+        self._flushed = clock()
+        self.post(held)
+
+    def post(self, items: Iterable[tuple[Stream, Item]]) -> None:
+        """At once."""
+        by_loop = defaultdict(list)
+        for stream, item in items:
+            by_loop[stream.loop].append((stream, item))
+        for loop, batch in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, batch)
+            except RuntimeError:  # the loop was closed under its callers: nobody is left to read
+                for stream, _ in batch:
+                    self._on_gone(stream)
+
+
+def _deliver(batch: Iterable[tuple[Stream, Item]]) -> None:
+    for stream, item in batch:
+        stream.deliver(item)

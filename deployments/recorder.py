@@ -1,0 +1,50 @@
+"""When a request's tokens came, in the metrics' terms: kept by the engine's thread, one record a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deployments.metrics import Metrics
+from medusa import EngineStats, Output
+
+
+@dataclass(frozen=True)
+class StepSpan:
+    """One step of the engine: when it ran, and what the engine had counted before and after it."""
+
+    started: float
+    ended: float
+    before: EngineStats
+    after: EngineStats
+
+
+class RequestRecord:
+    """The life of one prompt's n replies. The prefill's token begins a reply; every later output is a decode step's."""
+
+    def __init__(self, submitted: float, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self._submitted = submitted
+        self._last: dict[int, float] = {}  # by reply: when its latest tokens came
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._last)
+
+    def output(self, output: Output, step: StepSpan, metrics: Metrics) -> None:
+        last = self._last.get(output.index)
+        count = len(output.token_ids)
+        if last is None:
+            if not self.has_begun:
+                metrics.began(
+                    waited_s=max(0.0, step.started - self._submitted),
+                    first_token_s=step.ended - self._submitted,
+                    prompt_tokens=self.prompt_tokens,
+                )
+            metrics.generated(count)
+        elif count:
+            metrics.generated(count, (step.ended - last) / count)
+            metrics.drafted(output.num_draft_accepted)
+        if count:
+            self._last[output.index] = step.ended
+        if output.finished is not None:
+            metrics.finished(output.finished, step.ended - self._submitted)

@@ -1,0 +1,273 @@
+"""What the routes do: a body becomes prompts and sampling parameters, the engine's outputs become an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from deployments import errors
+from deployments.admission import QueueFull
+from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.chat_protocol import ChatCompletionRequest
+from deployments.errors import ApiError
+from deployments.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GenerationRequest
+from deployments.replies import ChatReply, Echoed, Head, TextReply
+from deployments.streams import HeadsVersion, Stream
+from deployments.tally import Tally
+from deployments.token_texts import TokenTexts
+from deployments.tokenization import DetokenizeRequest, TokenizeRequest, TokenizeResponse, tokenize
+from deployments.tool_calls import ToolNotation, call_grammar, reader_for
+from deployments.transport import CLIENT_GONE, JSON_HEADERS, EventStream, event, unless_disconnected
+from medusa import Completion, Grammar, Output, SamplingParams
+from medusa.tokenizer import ChatTokenizer
+
+T = TypeVar("T")
+Reply = ChatReply | TextReply
+SLOW_READER_S = 10.0  # beyond a request's own limit, so that its last event can still be read
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """`served` is what /version tells beside the versions: the backbone and its digest. `request_timeout_s` bounds a
+    request from its body to its last token."""
+
+    model_name: str
+    served: Mapping[str, str | None] = field(default_factory=dict)
+    request_timeout_s: float = 600.0
+    tool_notation: ToolNotation | None = None
+
+
+class Service:
+    def __init__(self, engine: AsyncEngine, tokenizer: ChatTokenizer, settings: ServiceSettings) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._created = int(time.time())
+        self._texts = TokenTexts(tokenizer.hf)
+        # One thread: long prompts do not hold up the event loop, and a fast tokenizer's encode is not shared.
+        self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medusa-tokenise")
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        prompt_ids = await self._tokenise("messages", lambda: self._render(body))
+        self._check_length(prompt_ids, "messages")
+        params = await self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
+        must_call = await self._tokenise("tools", lambda: call_grammar(body))
+        if must_call is not None:
+            params = replace(params, grammar=await self._prepared("tools", must_call))
+        readers = [reader_for(body, self.settings.tool_notation) for _ in range(params.n)]
+        return await self._answer(
+            request, body, lambda head: ChatReply(head, readers), [prompt_ids], params, "messages"
+        )
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        self.check_model(body.model)
+        prompts = await self._tokenise(
+            "prompt", lambda: [self.tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
+        )
+        for prompt_ids in prompts:
+            self._check_length(prompt_ids, "prompt")
+        params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
+        echoed = await self._tokenise("prompt", lambda: self._echoed(body, prompts))
+        return await self._answer(
+            request, body, lambda head: TextReply(head, echoed, params.n), prompts, params, "prompt"
+        )
+
+    async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
+        self.check_model(body.model)
+        param = "prompt" if body.prompt is not None else "messages"
+        ids = await self._tokenise(param, lambda: tokenize(self.tokenizer, body))
+        texts = [self._texts.to_text(token_id) for token_id in ids] if body.return_token_strs else None
+        return TokenizeResponse(count=len(ids), max_model_len=self.engine.max_model_len, tokens=ids, token_strs=texts)
+
+    async def detokenize(self, body: DetokenizeRequest) -> str:
+        self.check_model(body.model)
+        self._check_ids("tokens", body.tokens)
+        return await self._tokenise("tokens", lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
+
+    def check_model(self, name: str | None) -> None:
+        """A request may leave the model out: there is one."""
+        served = self.settings.model_name
+        if name is not None and name != served:
+            raise ApiError(404, f"The model `{name}` does not exist; this service has `{served}`.", param="model")
+
+    def health(self) -> dict[str, Any]:
+        try:
+            self.engine.check_health()
+        except EngineUnavailable as error:
+            raise errors.from_engine(error) from error
+        failed = self.engine.failed_heads
+        return {
+            "status": "ok",
+            "engine": asdict(self.engine.stats()),
+            "heads": asdict(self.engine.heads),
+            "failed_heads": asdict(failed) if failed else None,
+        }
+
+    def version(self) -> dict[str, Any]:
+        heads = self.engine.heads
+        return {"model": self.settings.model_name, "heads_version": heads.version, "heads_digest": heads.digest} | dict(
+            self.settings.served
+        )
+
+    def model_card(self) -> dict[str, Any]:
+        return {
+            "id": self.settings.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "medusa",
+            "max_model_len": self.engine.max_model_len,
+        }
+
+    def _render(self, body: ChatCompletionRequest) -> list[int]:
+        messages = [message.for_template() for message in body.messages]
+        arguments = body.template_arguments()
+        plain = self.tokenizer.encode_chat(messages, **arguments)
+        if body.shown_tools is None:
+            return plain
+        with_tools = self.tokenizer.encode_chat(messages, tools=body.shown_tools, **arguments)
+        if with_tools == plain:
+            raise ApiError(
+                400, "tools: this model's chat template has no place for tools; leave them out.", param="tools"
+            )
+        return with_tools
+
+    async def _answer(
+        self,
+        request: Request,
+        body: GenerationRequest,
+        make_reply: Callable[[Head], Reply],
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        param: str,
+    ) -> Response:
+        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                stream = await self.engine.submit([(prompt_ids, params) for prompt_ids in prompts])
+        except TimeoutError:
+            raise self._too_late() from None
+        except (ValueError, QueueFull, EngineUnavailable) as error:
+            raise errors.from_engine(error, param=param) from error
+        log = request.scope["state"].setdefault("log", {})
+        tally = Tally(sum(map(len, prompts)), stream.heads, log)
+        reply = make_reply(self._head("chatcmpl" if param == "messages" else "cmpl", request, stream.heads))
+        if body.stream:
+            events = self._events(body, reply, stream, tally, params.n, deadline)
+            limit_s = self.settings.request_timeout_s + SLOW_READER_S
+            return EventStream(events, on_end=stream.close, limit_s=limit_s)
+        try:
+            async with asyncio.timeout_at(deadline):
+                completions = await unless_disconnected(request, _collect(stream, tally, params.n))
+        except TimeoutError:
+            raise self._too_late() from None
+        except EngineUnavailable as error:
+            raise errors.from_engine(error) from error
+        finally:
+            stream.close()
+        if completions is None:
+            return Response(status_code=CLIENT_GONE)
+        return Response(reply.whole(completions, tally.total()).to_json(), headers=JSON_HEADERS)
+
+    async def _events(
+        self, body: GenerationRequest, reply: Reply, stream: Stream, tally: Tally, n: int, deadline: float
+    ) -> AsyncIterator[str]:
+        # Where each step is to be told apart, outputs that wait for a slow reader stay apart as well.
+        outputs: AsyncIterator[tuple[int, Output]] = stream if body.include_acceptance else stream.merged()
+        try:
+            while True:
+                async with asyncio.timeout_at(deadline):
+                    prompt, output = await anext(outputs)
+                choice = prompt * n + output.index
+                tally.add(choice, output)
+                for chunk in reply.chunks(choice, output, include_acceptance=body.include_acceptance):
+                    if body.include_usage:
+                        chunk.usage = tally.so_far() if body.continuous_usage else None
+                    yield event(chunk.to_json())
+        except StopAsyncIteration:
+            pass
+        except (EngineUnavailable, TimeoutError) as error:
+            answer = self._too_late() if isinstance(error, TimeoutError) else errors.from_engine(error)
+            yield event(json.dumps(answer.body()))
+            return  # no [DONE]: the reply is not whole
+        usage = tally.total()
+        if body.include_usage:
+            yield event(reply.usage_chunk(usage).to_json())
+        yield event("[DONE]")
+
+    def _too_late(self) -> ApiError:
+        message = f"The reply was not whole after {self.settings.request_timeout_s:g} s; ask for fewer tokens."
+        return ApiError(408, message, headers={"x-should-retry": "false"})  # OpenAI's client would send it again
+
+    async def _tokenise(self, param: str, encode: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
+        except ValueError as error:  # a template that refuses these messages, among others
+            raise ApiError(400, str(error), param=param) from error
+
+    async def _sampling_params(self, body: GenerationRequest, *, default_max_tokens: int) -> SamplingParams:
+        self._check_ids("logit_bias", body.logit_bias or ())
+        self._check_ids("stop_token_ids", body.stop_token_ids or ())
+        form = "response_format" if body.response_format else "structured_outputs"
+        if (grammar := await self._tokenise(form, body.grammar)) is not None:
+            await self._prepared(form, grammar)
+        try:
+            return body.sampling_params(default_max_tokens=default_max_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from error
+
+    async def _prepared(self, param: str, grammar: Grammar) -> Grammar:
+        await self._tokenise(param, lambda: self.engine.prepare_grammar(grammar))
+        return grammar
+
+    def _echoed(self, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[Echoed] | None:
+        """The prompts as they stand before their replies."""
+        if not body.echo:
+            return None
+        texts = [p if isinstance(p, str) else self.tokenizer.decode(p, skip_special_tokens=False) for p in body.prompt]
+        return [Echoed(text, ids) for text, ids in zip(texts, prompts, strict=True)]
+
+    def _check_ids(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
+        unknown = [token_id for token_id in token_ids if not 0 <= token_id < self.engine.vocab_size]
+        if unknown:
+            message = f"{name}: token ids {unknown[:5]} are outside the vocabulary of {self.engine.vocab_size}."
+            raise ApiError(400, message, param=name)
+
+    def _check_length(self, prompt_ids: Sequence[int], param: str) -> None:
+        limit = self.engine.max_model_len
+        if len(prompt_ids) >= limit:
+            raise ApiError(
+                400,
+                f"The prompt has {len(prompt_ids)} tokens, but this model's context holds {limit} "
+                f"with the reply; send at most {limit - 1}.",
+                param=param,
+            )
+
+    def _head(self, prefix: str, request: Request, heads: HeadsVersion) -> Head:
+        digest = heads.digest or self.settings.served.get("backbone_digest")
+        return Head(
+            reply_id=f"{prefix}-{request.state.request_id}",
+            created=int(time.time()),
+            model=self.settings.model_name,
+            fingerprint=f"medusa-{digest.removeprefix('sha256:')[:12]}" if digest else None,
+            texts=self._texts,
+        )
+
+
+async def _collect(stream: Stream, tally: Tally, n: int) -> list[Completion]:
+    """Every reply, in the order of prompts and then of their n."""
+    done: dict[int, Completion] = {}
+    async for prompt, output in stream.merged():
+        choice = prompt * n + output.index
+        tally.add(choice, output)
+        if output.finished is not None:
+            done[choice] = output.finished
+    return [done[choice] for choice in sorted(done)]

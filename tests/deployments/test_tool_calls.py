@@ -1,0 +1,158 @@
+"""Calls of tools: read from text in any pieces, asked for by a grammar, shown by the chat template."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import httpx
+import openai
+import pytest
+
+from deployments.api import build_api
+from deployments.tool_calls import HermesReader, NamedReader, RequiredReader
+from medusa.tokenizer import ChatTokenizer
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a place.",
+        "parameters": {
+            "type": "object",
+            "properties": {"place": {"type": "string", "maxLength": 20}},
+            "required": ["place"],
+        },
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
+OTHER = '<tool_call>{"name": "time", "arguments": {}}</tool_call>'
+TEMPLATE = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+HELLO = {"messages": [{"role": "user", "content": "hello"}], "tools": [WEATHER], "max_tokens": 250}
+
+
+def read(reader, text, pieces):
+    """Everything that `reader` makes of `text` cut into so many pieces."""
+    cuts = sorted(random.Random(pieces).sample(range(1, len(text)), min(pieces, len(text)) - 1))
+    parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    content, calls = "", []
+    for i, part in enumerate(parts):
+        more, found = reader.push(part, is_last=i == len(parts) - 1)
+        content += more
+        calls += found
+    return content, [(call.index, call.name, call.arguments) for call in calls]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 5, 40, 1000])
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        ("no call at all", "no call at all", []),
+        (CALL, "", [(0, "weather", '{"place": "Paris"}')]),
+        (f"I look.\n{CALL}", "I look.", [(0, "weather", '{"place": "Paris"}')]),
+        (f"{CALL}\n{OTHER}", "", [(0, "weather", '{"place": "Paris"}'), (1, "time", "{}")]),
+        ("a < b and <tool", "a < b and <tool", []),
+        (f"{CALL[:-5]}", CALL[:-5], []),
+        ("<tool_call>no JSON</tool_call> more", "<tool_call>no JSON</tool_call> more", []),
+        (f"<tool_call>[1]</tool_call>{OTHER}", "<tool_call>[1]</tool_call>", [(0, "time", "{}")]),
+    ],
+)
+def test_hermes_calls_in_any_pieces(text, content, calls, pieces):
+    found, its_calls = read(HermesReader(), text, pieces)
+    assert its_calls == calls
+    assert found.strip() == content.strip()
+
+
+@pytest.mark.parametrize("pieces", [1, 3, 20])
+def test_forced_calls(pieces):
+    arguments = '{"place": "Paris"}'
+    content, calls = read(NamedReader("weather"), arguments, pieces)
+    assert content == "" and calls[0][:2] == (0, "weather")
+    assert "".join(part for _, _, part in calls) == arguments
+    both = '[{"name": "weather", "arguments": {"place": "Rome"}}, {"name": "time", "arguments": {}}]'
+    assert read(RequiredReader(), both, pieces) == ("", [(0, "weather", '{"place": "Rome"}'), (1, "time", "{}")])
+    assert read(RequiredReader(), both[:30], pieces) == (both[:30], [])
+
+
+@pytest.fixture
+def tool_tokenizer(make_tokenizer):
+    return ChatTokenizer(make_tokenizer(chat_template=TEMPLATE))
+
+
+@pytest.fixture
+def api(async_engine, tool_tokenizer, scripted):
+    scripted.max_model_len = async_engine.max_model_len = 2000
+    scripted.script = [*scripted.tokenizer.hf.encode(f"I look.\n{CALL}", add_special_tokens=False), 2]
+    return build_api(async_engine, tool_tokenizer, "tiny", tool_notation="hermes")
+
+
+@pytest.fixture
+async def client(api):
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:
+        yield client
+
+
+async def prompt_of(client, scripted, body):
+    seen = []
+    add = scripted.add
+    scripted.add = lambda prompt, params, **rest: seen.append((prompt, params)) or add(prompt, params, **rest)
+    response = await client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return scripted.tokenizer.decode(seen[0][0]), seen[0][1], response.json()
+
+
+async def test_the_template_shows_tools_unless_none_are_to_be_called(client, scripted):
+    prompt, params, _ = await prompt_of(client, scripted, HELLO)
+    assert '"name": "weather"' in prompt and params.grammar is None
+    prompt, _, answer = await prompt_of(client, scripted, HELLO | {"tool_choice": "none"})
+    assert "weather" not in prompt
+    assert answer["choices"][0]["message"]["content"] == f"I look.\n{CALL}"
+
+
+async def test_a_conversation_with_calls_and_answers_reaches_the_template(client, scripted):
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "Rome"}'}}
+    messages = [
+        *HELLO["messages"],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "sunny"},
+    ]
+    prompt, _, _ = await prompt_of(client, scripted, HELLO | {"messages": messages})
+    assert "Rome" in prompt and "tool: sunny" in prompt
+
+
+def test_the_openai_client_gets_the_call(api, serve_live):
+    client = openai.OpenAI(base_url=f"{serve_live(api)}/v1", api_key="none", max_retries=0)
+    asked = {"model": "tiny", **HELLO}
+    choice = client.chat.completions.create(**asked).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I look."
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.id.startswith("call-")
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"place": "Paris"})
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks).strip() == "I look."
+    (streamed,) = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert (streamed.index, streamed.function.name) == (0, "weather")
+    assert json.loads(streamed.function.arguments) == {"place": "Paris"}
+    assert chunks[-1].finish_reason == "tool_calls"
+
+
+async def test_without_a_notation_calls_stay_text(async_engine, tool_tokenizer, scripted, api):
+    transport = httpx.ASGITransport(app=build_api(async_engine, tool_tokenizer, "tiny"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        choice = (await client.post("/v1/chat/completions", json=HELLO)).json()["choices"][0]
+    assert choice["message"]["content"] == f"I look.\n{CALL}"
+    assert "tool_calls" not in choice["message"]
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_a_call_that_must_be_made_is_written_under_a_grammar(client, scripted):
+    pytest.importorskip("llguidance")
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice, words in ((named, "place"), ("required", '"const": "weather"')):
+        _, params, _ = await prompt_of(client, scripted, HELLO | {"tool_choice": choice})
+        assert words in params.grammar.definition

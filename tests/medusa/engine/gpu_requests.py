@@ -1,0 +1,69 @@
+"""What a request may ask of a step, by the GPU's runner beside the reference one. Run by test_gpu_requests.py, in
+Triton's interpreter (TRITON_INTERPRET=1) or, with MEDUSA_KERNEL_DEVICE=cuda, on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from medusa import Engine, Grammar, SamplingParams
+from medusa.engine.graph_runner import GraphRunner
+from medusa.model import Backbone
+from medusa.tokenizer import ChatTokenizer
+from tests.medusa.engine.support import random_prompts
+from tests.medusa.engine.test_swap import heads_of
+
+DEVICE = os.environ.get("MEDUSA_KERNEL_DEVICE", "cpu")
+PROMPTS = random_prompts([6, 25, 13], seed=3)
+PARAMS = [
+    SamplingParams(max_tokens=5, temperature=0.0, prompt_logprobs=2, ignore_eos=True),
+    SamplingParams(max_tokens=8, temperature=0.9, seed=3, grammar=Grammar("regex", "[a-c ]{20}")),
+    SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+]
+
+
+class GpuEngine(Engine):
+    """Takes the GPU's runner on any device."""
+
+    def _runner_of(self, acceptance):
+        limits = self._limits
+        return GraphRunner(
+            self.backbone,
+            self.checkpoint,
+            self._cache,
+            max_batch_size=limits.max_batch_size,
+            max_tree_nodes=limits.max_nodes,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
+            guess_width=limits.guess_width,
+            acceptance=acceptance,
+        )
+
+
+def engine_of(kind, path, device):
+    backbone = Backbone.from_pretrained(path, device=device)
+    checkpoint = heads_of(path, 1)
+    checkpoint.heads.to(device)
+    tokenizer = ChatTokenizer.from_pretrained(path)
+    return kind(backbone, tokenizer, checkpoint, speculation=8, max_batch_size=3, max_prefill_tokens=20)
+
+
+def assert_same(ours, expected):
+    for completion, other in zip(ours, expected, strict=True):
+        assert completion.token_ids == other.token_ids
+        assert completion.accepted_per_step == other.accepted_per_step
+        if other.prompt_logprobs is not None:
+            assert len(completion.prompt_logprobs) == len(other.prompt_logprobs)
+            for entry, wanted in zip(completion.prompt_logprobs, other.prompt_logprobs, strict=True):
+                assert (entry.token_id, entry.logprob) == (wanted.token_id, pytest.approx(wanted.logprob, abs=1e-3))
+
+
+def test_grammars_prompt_logprobs_and_other_heads(tiny_llama):
+    reference, gpu = engine_of(Engine, tiny_llama, "cpu"), engine_of(GpuEngine, tiny_llama, DEVICE)
+    assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))
+    for engine in (reference, gpu):
+        checkpoint = heads_of(tiny_llama, 2)
+        checkpoint.heads.to(engine.backbone.device)
+        engine.swap_heads(checkpoint)
+    assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))

@@ -1,0 +1,37 @@
+"""Runs gpu_requests.py in a process of its own: Triton's interpreter is chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILE = Path(__file__).with_name("gpu_requests.py")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_file(environment):
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", FILE]
+    run = subprocess.run(
+        command, cwd=FILE.parents[3], env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "1 passed" in run.stdout
+
+
+@needs_triton
+@pytest.mark.slow
+def test_the_gpus_runner_in_the_interpreter_does_what_the_reference_does():
+    environment = {key: value for key, value in os.environ.items() if key != "MEDUSA_KERNEL_DEVICE"}
+    run_file(environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+
+
+@needs_triton
+@pytest.mark.gpu
+def test_the_gpus_runner_on_a_gpu_does_too():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run_file(environment | {"MEDUSA_KERNEL_DEVICE": "cuda"})
