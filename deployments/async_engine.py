@@ -135,8 +135,9 @@ class AsyncEngine:
         have another shape, or tokens depend on them (typical acceptance), running replies end first and new ones wait.
         Raises the engine's ValueError (a CheckpointError is one), or EngineUnavailable."""
         done: Future[None] = Future()
-        self.check_health()
-        self._inbox.put(partial(self._swap, checkpoint, heads, done))
+        with self._lock:  # what is put before a failure is answered by it
+            self.check_health()
+            self._inbox.put(partial(self._swap, checkpoint, heads, done))
         await asyncio.wrap_future(done)
 
     def heads_failed(self, heads: HeadsVersion, reason: str) -> None:
@@ -272,13 +273,17 @@ class AsyncEngine:
     def _swap(self, checkpoint: Checkpoint, heads: HeadsVersion, done: Future[None]) -> None:
         try:
             must_wait = self._engine.must_be_idle_for(checkpoint) and self._engine.has_unfinished()
-            if self._postponed or must_wait:
-                self._postponed.append(partial(self._swap, checkpoint, heads, done))
-                return
-            if not done.set_running_or_notify_cancel():  # its caller left while it waited
-                return
-            self._engine.swap_heads(checkpoint)
         except ValueError as error:  # the checkpoint's fault; the engine goes on with the heads it has
+            _refuse(done, error)
+            return
+        if self._postponed or must_wait:
+            self._postponed.append(partial(self._swap, checkpoint, heads, done))
+            return
+        if not done.set_running_or_notify_cancel():  # its caller left while it waited
+            return
+        try:
+            self._engine.swap_heads(checkpoint)
+        except ValueError as error:
             done.set_exception(error)
             return
         self._heads, self.failed_heads = heads, None
@@ -327,4 +332,9 @@ class AsyncEngine:
             waiting += [command] if command is not None else []
         for command in waiting:
             if isinstance(command, partial) and command.func == self._swap:
-                command.args[2].set_exception(error)
+                _refuse(command.args[2], error)
+
+
+def _refuse(done: Future[None], error: Exception) -> None:
+    if done.set_running_or_notify_cancel():
+        done.set_exception(error)

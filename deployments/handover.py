@@ -19,7 +19,7 @@ class Pace:
     chunks leave the interpreter to the engine. First and last tokens never wait."""
 
     seconds: float = 0.02
-    from_running: int = 8
+    from_running: int = 4
 
 
 class Handover:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,10 +27,11 @@ from deployments.answers import (
     Usage,
 )
 from deployments.token_texts import TokenTexts
-from deployments.tool_calls import Call, Reader
+from deployments.tool_calls import Call, PlainReader, Reader
 from medusa import Completion, Output, TokenLogprob
 from medusa.engine.sequence import FinishReason
 
+_MARK = "the text"  # stands for it while the rest of a chunk is written
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have
 
 
@@ -66,6 +68,29 @@ class _Reply:
     def __init__(self, head: Head) -> None:
         self._head = head.fields()
         self._texts = head.texts
+        self._opened: set[int] = set()
+        self._around: dict[tuple[int, bool], tuple[str, str]] = {}
+
+    def text_chunk(self, choice: int, output: Output, *, null_usage: bool) -> str | None:
+        """The JSON of a chunk that carries text and nothing else, as most do; None for any other output. It is what
+        `chunks` gives, at a tenth of the cost: all but the text is written once a reply."""
+        if choice not in self._opened or output.finished is not None or output.logprobs or not self._is_plain(choice):
+            return None
+        key = (choice, null_usage)
+        if key not in self._around:
+            chunk = self._of_text(choice, _MARK)
+            if null_usage:
+                chunk.usage = None
+            before, _, after = chunk.to_json().partition(json.dumps(_MARK))
+            self._around[key] = before, after
+        before, after = self._around[key]
+        return f"{before}{json.dumps(output.text, ensure_ascii=False)}{after}" if output.text else ""
+
+    def _of_text(self, choice: int, text: str) -> Answer:
+        raise NotImplementedError
+
+    def _is_plain(self, choice: int) -> bool:
+        return True
 
 
 def _acceptance(output: Output, include: bool) -> dict[str, Any]:
@@ -80,7 +105,6 @@ class ChatReply(_Reply):
     def __init__(self, head: Head, readers: Sequence[Reader]) -> None:
         super().__init__(head)
         self._readers = readers
-        self._opened: set[int] = set()
         self._calling: set[int] = set()
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
@@ -113,6 +137,12 @@ class ChatReply(_Reply):
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return ChatCompletionChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._head)
+
+    def _of_text(self, choice: int, text: str) -> Answer:
+        return self._chunk(choice, ChatDelta(content=text))
+
+    def _is_plain(self, choice: int) -> bool:
+        return isinstance(self._readers[choice], PlainReader)
 
     def _message(self, choice: int, completion: Completion) -> ChatMessage:
         content, calls = self._readers[choice].push(completion.text, is_last=True)
@@ -172,7 +202,6 @@ class TextReply(_Reply):
         super().__init__(head)
         self._echoed = echoed
         self._n = n
-        self._opened: set[int] = set()
         self._offsets: dict[int, int] = {}
 
     def whole(self, completions: Sequence[Completion], usage: Usage) -> Answer:
@@ -202,6 +231,9 @@ class TextReply(_Reply):
 
     def usage_chunk(self, usage: Usage) -> Answer:
         return TextCompletion(object="text_completion", choices=[], usage=usage, **self._head)
+
+    def _of_text(self, choice: int, text: str) -> Answer:
+        return self._chunk(index=choice, text=text, logprobs=None, finish_reason=None)
 
     def _prompt_of(self, choice: int) -> str:
         return self._echoed[choice // self._n].text if self._echoed else ""

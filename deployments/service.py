@@ -188,6 +188,12 @@ class Service:
                     prompt, output = await anext(outputs)
                 choice = prompt * n + output.index
                 tally.add(choice, output)
+                told_each = body.continuous_usage or body.include_acceptance
+                text = None if told_each else reply.text_chunk(choice, output, null_usage=body.include_usage)
+                if text is not None:
+                    if text:
+                        yield event(text)
+                    continue
                 for chunk in reply.chunks(choice, output, include_acceptance=body.include_acceptance):
                     if body.include_usage:
                         chunk.usage = tally.so_far() if body.continuous_usage else None

@@ -126,6 +126,38 @@ async def test_what_the_engine_refuses_is_told_and_not_taken(async_engine, scrip
     async_engine.check_health()
 
 
+async def test_heads_whose_trees_do_not_fit_are_refused_before_the_swap(async_engine, scripted, monkeypatch):
+    def too_large(checkpoint):
+        raise ValueError("the tree has 80 nodes, but this engine is sized for 64")
+
+    monkeypatch.setattr(scripted, "must_be_idle_for", too_large)
+    with pytest.raises(ValueError, match="80 nodes"):
+        await async_engine.swap_heads("new heads", NEW)
+    async_engine.check_health()
+
+
+@pytest.mark.parametrize("close", [True, False])
+async def test_an_engine_that_ends_tells_those_who_wait_and_not_those_who_left(scripted, close):
+    engine = AsyncEngine(scripted)
+    scripted.must_be_idle = True
+    scripted.pause_after = 1
+    old = await engine.submit([("hello", SamplingParams(max_tokens=40))])
+    await anext(old)
+    waiting, gone = [asyncio.ensure_future(engine.swap_heads("new heads", NEW)) for _ in range(2)]
+    await until(lambda: engine._postponed or not engine._inbox.empty())
+    gone.cancel()
+    await asyncio.sleep(0.01)
+    if not close:
+        scripted.fault = RuntimeError("broken")
+    engine._inbox.put(None) if close else None
+    scripted.gate.set()
+    with pytest.raises(EngineUnavailable):
+        await waiting
+    await until(lambda: not engine._thread.is_alive())
+    with pytest.raises(EngineUnavailable):
+        engine.check_health()
+
+
 @pytest.mark.parametrize("wrong", [{"heads": "models:/m@champion"}, {"head": "x"}, {"heads": 5}, [], "x"])
 async def test_a_configuration_that_is_none_keeps_the_heads(async_engine, slot, wrong):
     await slot.take_config(wrong)
@@ -170,7 +202,7 @@ async def test_heads_that_need_an_idle_engine_wait_for_what_runs_and_new_request
     old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
     swap = asyncio.ensure_future(async_engine.swap_heads("new heads", NEW))
-    await until(lambda: not async_engine._inbox.empty())
+    await until(lambda: async_engine._postponed or not async_engine._inbox.empty())
     scripted.pause_after = 2
     scripted.gate.set()  # one step more, and the swap is seen while the reply still runs
     await until(lambda: async_engine._postponed)
@@ -214,7 +246,7 @@ async def test_a_swap_whose_caller_left_while_it_waited_is_not_made(async_engine
     old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
     swap = asyncio.ensure_future(async_engine.swap_heads("new heads", NEW))
-    await until(lambda: not async_engine._inbox.empty())
+    await until(lambda: async_engine._postponed or not async_engine._inbox.empty())
     swap.cancel()
     with pytest.raises(asyncio.CancelledError):
         await swap
