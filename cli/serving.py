@@ -75,9 +75,7 @@ def serve(
         console.print(f"a page on http://{host}:{port}/, OpenAI API on /v1, Ctrl-C stops it", highlight=False)
         serve_without_ray(config)
     else:
-        serve_local(
-            config, on_ready=lambda url: console.print(f"a page on {url}/, OpenAI API on {url}/v1; Ctrl-C ends it")
-        )
+        serve_local(config, on_ready=lambda url: console.print(f"a page on {url}/, OpenAI API on /v1, Ctrl-C stops it"))
 
 
 def _print_new_key(console: Console) -> None:
