@@ -30,11 +30,12 @@ from medusa.heads import DraftHeads
 from medusa.model import Backbone
 from medusa.tree import Path, TokenTree
 
-BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-NODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
+# Few sizes, so that the profile at the start has captured nearly all graphs that steps will need.
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+NODES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 BUDGETS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of NODES, those that the policy chooses among
 MORE_NODES = 256  # beyond those in NODES, their number is rounded up to a multiple of this
-LARGEST_TREES = (1, 4, 16, 64)  # what the largest tree of a step is rounded up to
+LARGEST_TREES = (1, 16, 64)  # what the largest tree of a step is rounded up to
 
 
 class GraphRunner:

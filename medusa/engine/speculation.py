@@ -11,6 +11,7 @@ Calibration says what a node is worth on average; each request corrects it by wh
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medusa.checkpoint import CheckpointMeta
+from medusa.engine.acceptance import UsualAcceptance
 from medusa.engine.sequence import Sequence
 from medusa.engine.step_times import StepTimes
 from medusa.growth import GrownTree
@@ -227,25 +229,37 @@ class Always:
 
 
 class Adaptive:
-    """The policy's trees, by load and by what each request accepts. `choice` is the last step's."""
+    """The policy's trees, by load and by what each request accepts. `choice` is the last step's.
+
+    A new request is expected to accept what others of its temperature (to a tenth) have.
+    """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.choice: Choice | None = None
+        self._usual: defaultdict[int, UsualAcceptance] = defaultdict(UsualAcceptance)
 
     def trees_of(self, sequences: Items[Sequence]) -> list[TokenTree]:
         if not sequences:
             return []
+        for sequence in sequences:
+            if not sequence.acceptance.has_begun:
+                sequence.acceptance.begin(self._usual_of(sequence).factor)
         factors = [sequence.acceptance.factor for sequence in sequences]
         context = sum(sequence.num_tokens for sequence in sequences) // len(sequences)
         self.choice = self.policy.choose(factors, context)
         return [self.policy.tree(nodes) for nodes in self.choice.nodes]
 
     def learn(self, sequence: Sequence, tree: TokenTree, num_tokens: int) -> None:
-        if tree.num_nodes > 1:
-            sequence.acceptance.observe(self.policy.expected(tree.num_nodes), num_tokens - 1)
-        else:
+        if tree.num_nodes == 1:
             sequence.acceptance.rest()
+            return
+        expected, accepted = self.policy.expected(tree.num_nodes), num_tokens - 1
+        if sequence.acceptance.observe(expected, accepted):
+            self._usual_of(sequence).observe(expected, accepted)
+
+    def _usual_of(self, sequence: Sequence) -> UsualAcceptance:
+        return self._usual[round(10 * sequence.params.temperature)]
 
 
 def ladder_of(meta: CheckpointMeta) -> tuple[TokenTree, ...]:

@@ -12,6 +12,7 @@ from medusa import StepTimes, TokenTree
 from medusa.engine.acceptance import MAX_FACTOR, MIN_FACTOR, Acceptance
 from medusa.engine.speculation import Adaptive, Always, Buckets, Policy, best_tree
 from medusa.growth import GrownTree
+from medusa.sampling import SamplingParams
 from medusa.tree import grow_in_order
 from tests.medusa.engine.support import TREES
 
@@ -295,8 +296,9 @@ def test_drafts_right_after_a_plain_step_have_no_guesses_and_do_not_count() -> N
 class Running:
     """What the policy sees of a sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, temperature: float = 0.0) -> None:
         self.num_tokens = 40
+        self.params = SamplingParams(temperature=temperature)
         self.acceptance = Acceptance()
 
 
@@ -312,6 +314,19 @@ def test_requests_are_learnt_one_by_one_and_share_the_budget_accordingly() -> No
     assert good.acceptance.factor > 1.5 and bad.acceptance.factor < 0.5
     assert after[0].num_nodes > 2 * after[1].num_nodes
     assert adaptive.choice.nodes == tuple(tree.num_nodes for tree in after)
+
+
+def test_new_requests_begin_where_others_of_their_temperature_are() -> None:
+    adaptive = Adaptive(fresh(gpu_profile(free=32, node=1e-4)))
+    for _ in range(40):
+        cold, _ = sequences = [Running(0.0), Running(1.0)]
+        for _ in range(20):
+            for sequence, tree in zip(sequences, adaptive.trees_of(sequences), strict=True):
+                adaptive.learn(sequence, tree, 4 if sequence is cold else 1)
+    new_cold, new_hot, other = newcomers = [Running(0.0), Running(1.0), Running(0.5)]
+    adaptive.trees_of(newcomers)
+    assert new_cold.acceptance.factor > 1.2 > 1.0 > 0.8 > new_hot.acceptance.factor
+    assert other.acceptance.factor == 1.0  # nothing is known of its temperature
 
 
 def test_all_requests_that_accept_nothing_end_up_plain_and_are_tried_again() -> None:
