@@ -18,6 +18,7 @@ No Ray, no MLflow: torch, transformers, peft and safetensors.
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import sys
@@ -31,6 +32,7 @@ import torch
 
 from medusa import Engine, SamplingParams
 from medusa.calibration import ReplyGuesses, grow_on, guess_replies, head_accuracy, tokens_per_step
+from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
 from medusa.heads import DraftHeads, HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.loops import cut_at_loop
@@ -43,6 +45,7 @@ from medusa.training.trainer import Trainer
 from medusa.tree import TokenTree, grow
 
 WIDTH = 10
+TREE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 HELD_BACK = 1000  # training replies kept for growing trees
 Reply = dict[str, Any]  # set, temperature, prompt_ids, reply_ids
 TOKENS, SOFT, LK = (HeadsLossConfig(kind=kind) for kind in ("tokens", "soft", "lk"))
@@ -261,9 +264,20 @@ def run_train(arguments: argparse.Namespace) -> None:
         say(f"--- {name}: {RECIPES[name].about}")
         result = train_and_evaluate(name, RECIPES[name], replies, arguments)
         (arguments.work / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        say(json.dumps({key: result[key] for key in ("training", "quality") if key in result}))
-        say(json.dumps(result["tokens_per_step"]))
+        say_result(result)
+        gc.collect()  # an engine and its graphs are a circle of references
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     run_table(arguments)
+
+
+def say_result(result: dict[str, Any]) -> None:
+    training = result["training"]
+    say(f"loss {training['first_record']['loss']:.3f} -> {training['last_record']['loss']:.3f}")
+    for name, found in result["tokens_per_step"].items():
+        say(f"{name}: {found['tokens_per_step']:.3f} tokens a step, top-1 {found['top1']}")
+    for name, found in result.get("quality", {}).items():
+        say(f"{name}: KL {found['kl']:.4f}, perplexity {found['perplexity_ratio']:.4f} of the base's")
 
 
 def train_and_evaluate(
@@ -281,7 +295,32 @@ def train_and_evaluate(
         base, _ = load(arguments)
         result["quality"] = quality(base, backbone, replies)
         evaluation, kept_back = own_replies(backbone, tokenizer, evaluation, kept_back, arguments)
+    if recipe.joint is None and isinstance(heads, MedusaHeads):
+        keep_heads(arguments.work / "heads" / name, backbone, tokenizer, heads, kept_back)
     return result | measure(backbone, heads, evaluation, kept_back)
+
+
+def keep_heads(
+    folder: Path, backbone: Backbone, tokenizer: ChatTokenizer, heads: MedusaHeads, kept_back: list[Reply]
+) -> None:
+    """Writes the heads with the calibration of the rows kept back, for an engine to use: WORK/heads/NAME."""
+    guessed = list(guess_replies(backbone, heads, map(to_pair, kept_back), WIDTH, batch_size=64))
+    accuracy, positions = head_accuracy(guessed, heads.config.num_heads, WIDTH)
+    growth, whole_paths = grow_on(guessed, accuracy, max(TREE_SIZES))
+    trees = [TokenTree.from_paths(growth[: size - 1]) for size in TREE_SIZES]
+    calibration = Calibration(
+        accuracy=accuracy,
+        num_positions=positions,
+        temperature=kept_back[0]["temperature"],
+        tokens_per_step=[tokens_per_step(guessed, tree) for tree in trees],
+        growth=[list(path) for path in growth],
+        path_accuracy=list(whole_paths),
+    )
+    belongs_to = BackboneRef(name=backbone.name, weights_digest=backbone.digest, tokenizer_digest=tokenizer.digest)
+    meta = CheckpointMeta(
+        heads=heads.config, backbone=belongs_to, calibration=calibration, trees=[tree.to_list() for tree in trees]
+    )
+    save_checkpoint(folder, heads, meta)
 
 
 def train_recipe(

@@ -142,12 +142,12 @@ def random_rows(count: int, longest: int, vocab: int) -> list[Row]:
     return [Row.of(ids[: length // 3], ids[length // 3 : length]) for length in lengths]
 
 
-def plain_step(trainer: Trainer) -> Callable[[], None]:
+def plain_step(trainer: Trainer) -> Callable[[], torch.Tensor]:
     """The textbook way: all logits of all heads, then the losses; the trainer's own optimiser."""
     config, heads, backbone = trainer.config, trainer.heads, trainer.backbone
     weights = head_weights(heads.config.num_heads, config.head_decay)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         (batch,) = trainer.next_batches()
         with torch.autocast(backbone.device.type, dtype=torch.bfloat16):
             if trainer.adaptation is None:
@@ -175,6 +175,7 @@ def plain_step(trainer: Trainer) -> Callable[[], None]:
         torch.nn.utils.clip_grad_norm_(list(trainer.optimiser.parameters.values()), 1.0)
         trainer.optimiser.step(config.lr)
         trainer.step += 1
+        return loss.detach()
 
     return step
 

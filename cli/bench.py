@@ -1,4 +1,4 @@
-"""`medusa bench ...`: measurements of the whole, each of them a file of benchmarks/."""
+"""`medusa bench ...`: measurements of the whole, most of them a file of benchmarks/."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from benchmarks.decode import decode
 from benchmarks.serve import serve
 from benchmarks.trees import trees
 from cli.bench_distill import distill
+from cli.quantization import quantization
 
 app = typer.Typer(
     help="Measures this project beside its peers. Example: `medusa bench decode --prompts prompts.jsonl`",
@@ -16,4 +17,5 @@ app = typer.Typer(
 app.command()(decode)
 app.command()(serve)
 app.command()(trees)
+app.command()(quantization)
 app.command()(distill)

@@ -18,6 +18,7 @@ from cli.demo import demo
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
 from medusa.model import ModelNotFoundError, UnsupportedModelError
+from medusa.quantization import QuantizationError
 from pipelines.artifact import DamagedStepError, StepMissingError, TryAgain
 from pipelines.bench import EvaluateError
 from pipelines.calibrate import CalibrateError
@@ -36,6 +37,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (MlflowUnavailable, TRY_AGAIN),
     (ConfigError, USAGE),
     (UnsupportedModelError, USAGE),
+    (QuantizationError, USAGE),
     (CheckpointError, USAGE),
     (ModelNotFoundError, USAGE),
     (StepMissingError, USAGE),
@@ -61,8 +63,8 @@ registry.add_commands(app)
 serving.add_commands(app)
 export.add_commands(app)
 plan.add_commands(app)
-app.command()(demo)
 app.add_typer(bench.app, name="bench")
+app.command()(demo)
 
 
 def main() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from cli.models import DEFAULT_BACKBONE, served_model
+from medusa.quantization import Quantization
 
 Model = Annotated[
     str, typer.Option(help="The backbone (folder or hub id), or heads from the registry: models:/NAME@champion.")
@@ -18,6 +19,8 @@ Heads = Annotated[str | None, typer.Option(help="A Medusa checkpoint folder; wit
 Backbone = Annotated[str | None, typer.Option(help="With --model models:/...: the folder of its backbone.")]
 TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow.")]
 Speculation = Annotated[str, typer.Option(help="auto (measured), off, or a tree size of the checkpoint's ladder.")]
+
+Quantize = Annotated[str | None, typer.Option("--quantization", help="int8 or fp8: the decoder's weights in one byte.")]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -37,6 +40,7 @@ def serve(
     max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
     api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
+    quantization: Quantize = None,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="One process, no Ray Serve.")] = False,
     new_api_key: Annotated[bool, typer.Option("--new-api-key", help="Draw a key, print it and its hash.")] = False,
 ) -> None:
@@ -62,6 +66,7 @@ def serve(
         max_queued_requests=max_queued,
         api_key_file=api_key_file,
         log_requests=log_requests,
+        quantization=_quantization(quantization),
         host=host,
         port=port,
     )
@@ -89,6 +94,7 @@ def chat(
     speculation: Speculation = "auto",
     temperature: float = 0.0,
     max_tokens: int = 256,
+    quantization: Quantize = None,
 ) -> None:
     """Talks to the model in the terminal; what a step with accepted guesses added is green.
 
@@ -99,7 +105,11 @@ def chat(
     console = Console()
     served = served_model(model, heads, backbone, tracking_uri)
     engine = Engine.from_pretrained(
-        served.backbone, served.heads, max_batch_size=1, speculation=parse_speculation(speculation)
+        served.backbone,
+        served.heads,
+        max_batch_size=1,
+        speculation=parse_speculation(speculation),
+        quantization=_quantization(quantization),
     )
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     conversation: list[int] = []
@@ -143,3 +153,9 @@ def parse_speculation(text: str) -> str | int:
     if not text.isdigit():
         raise typer.BadParameter(f"{text!r} is not auto, off or a number of nodes", param_hint="--speculation")
     return int(text)
+
+
+def _quantization(text: str | None) -> Quantization | None:
+    if text not in (None, *get_args(Quantization)):
+        raise typer.BadParameter(f"{text!r} is not int8 or fp8", param_hint="--quantization")
+    return text  # type: ignore[return-value]

@@ -11,6 +11,7 @@ import torch
 from deployments.auth import check_hashes, read_hashes
 from medusa import Typical
 from medusa.config import ConfigError, strict
+from medusa.quantization import Quantization
 
 
 def refuse_reference(name: str, value: str | None) -> None:
@@ -59,6 +60,7 @@ class ServerConfig:
     max_model_len: int | None = None
     kv_cache_gb: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    quantization: Quantization | None = None  # the decoder's weights in one byte each; replies are another model's
     device: str | None = None  # None: cuda where this process (or the cluster) has a GPU
     # limits
     max_queued_requests: int = 256  # replies that may wait in a replica; more are answered 429
@@ -128,6 +130,7 @@ class ServerConfig:
             "kv_cache_gb": self.kv_cache_gb,
             "speculation": self.speculation,
             "acceptance": self.acceptance,
+            "quantization": self.quantization,
         }
 
     @property

@@ -68,7 +68,11 @@ def load_service(config: ServerConfig, *, replica: str = "local", send_request_i
         running,
         engine.tokenizer,
         config.served_name,
-        served={"backbone": engine.backbone.name, "backbone_digest": engine.backbone.digest},
+        served={
+            "backbone": engine.backbone.name,
+            "backbone_digest": engine.backbone.digest,
+            "quantization": config.quantization,
+        },
         request_timeout_s=config.request_timeout_s,
         max_body_bytes=config.max_body_bytes,
         body_timeout_s=config.body_timeout_s,

@@ -258,12 +258,13 @@ class Service:
             )
 
     def _head(self, prefix: str, request: Request, heads: HeadsVersion) -> Head:
-        digest = heads.digest or self.settings.served.get("backbone_digest")
+        digest = heads.digest or self.settings.served.get("backbone_digest") or ""
+        named = ("medusa", digest.removeprefix("sha256:")[:12], self.settings.served.get("quantization"))
         return Head(
             reply_id=f"{prefix}-{request.state.request_id}",
             created=int(time.time()),
             model=self.settings.model_name,
-            fingerprint=f"medusa-{digest.removeprefix('sha256:')[:12]}" if digest else None,
+            fingerprint="-".join(filter(None, named)) if digest else None,
             texts=self._texts,
         )
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa.checkpoint import ADAPTER, CheckpointMismatchError, read_meta
 from medusa.model import Backbone, model_directory, weights_digest
+from medusa.quantization import Quantization
 
 _PREFIX = "base_model.model."  # peft's, before the name of a module
 
@@ -59,25 +60,30 @@ def load_with_adapter(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    quantization: Quantization | None = None,
 ) -> Backbone:
-    """The backbone that these heads run on: `backbone` itself, or with the checkpoint's adapter merged in memory.
+    """The backbone that these heads run on: `backbone` itself, or with the checkpoint's adapter merged in memory;
+    quantised after that.
 
     Raises CheckpointMismatchError where it is neither the adapter's base nor the merged model.
     """
     meta = read_meta(heads)
     if meta.adapter is None:
-        return Backbone.from_pretrained(backbone, dtype=dtype, device=device)
+        return Backbone.from_pretrained(backbone, dtype=dtype, device=device, quantization=quantization)
     digest = weights_digest(model_directory(backbone))
     if digest == meta.backbone.weights_digest:
-        return Backbone.from_pretrained(backbone, dtype=dtype, device=device)
+        return Backbone.from_pretrained(backbone, dtype=dtype, device=device, quantization=quantization)
     if digest != meta.adapter.base.weights_digest:
         raise CheckpointMismatchError(
             f"these heads run on {meta.adapter.base.name} ({meta.adapter.base.weights_digest}) with their adapter, or "
             f"on the two merged ({meta.backbone.weights_digest}), but the backbone is {backbone} ({digest})"
         )
-    return _merged_in_memory(
+    merged = _merged_in_memory(
         Backbone.from_pretrained(backbone, dtype=dtype, device=device), heads / ADAPTER, meta.backbone.weights_digest
     )
+    if quantization is not None:
+        merged.quantize(quantization)
+    return merged
 
 
 def write_merged(base: Path, adapter: Path, destination: Path) -> str:

@@ -25,6 +25,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from medusa.quantization import Quantization, QuantizationError
+from medusa.quantized_linear import quantize_linears
+
 TREE_ATTENTION = "medusa_tree"
 # RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
@@ -100,6 +103,7 @@ class Backbone:
         self.name = name
         self._digest = digest
         self._directory: Path | None = None
+        self.quantization: Quantization | None = None
         self.kv_shape = self._see_through()  # (key-value heads, head size) of every layer
 
     @classmethod
@@ -110,11 +114,12 @@ class Backbone:
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
+        quantization: Quantization | None = None,
     ) -> Backbone:
         """Loads a model folder or hub id from safetensors. Default device: a GPU if there is one.
 
-        Default dtype: float32 on a CPU, the checkpoint's own on a GPU. Raises UnsupportedModelError, or OSError when
-        nothing is there.
+        Default dtype: float32 on a CPU, the checkpoint's own on a GPU. With `quantization` a GPU never holds the whole
+        weights (see `quantize`). Raises UnsupportedModelError, QuantizationError, or OSError when nothing is there.
         """
         directory = model_directory(name, revision)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -125,9 +130,23 @@ class Backbone:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype or "auto", attn_implementation=_plain_attention(config), use_safetensors=True
         )
+        if quantization is not None:
+            quantize_linears(model.base_model, quantization, device)
         backbone = cls(model.to(device), name=Path(name).name if Path(name).is_dir() else str(name))
         backbone._directory = directory
+        backbone.quantization = quantization
         return backbone
+
+    def quantize(self, kind: Quantization) -> None:
+        """Replaces the decoder's linear layers in place by ones of a byte a weight, and lets the old weights go.
+
+        The digest stays that of the weights as they were: heads belong to them, quantised or not.
+        """
+        if self.quantization is not None:
+            raise QuantizationError(f"{self.name} is quantised to {self.quantization} already; load it again")
+        self._digest = self.digest
+        quantize_linears(self.model.base_model, kind, self.device)
+        self.quantization = kind
 
     @property
     def config(self) -> PretrainedConfig:

@@ -24,6 +24,7 @@ from medusa.config import strict
 from medusa.digests import directory_digest
 from medusa.loops import cut_at_loop
 from medusa.model import Backbone
+from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
 from pipelines.artifact import StepOutput
 from pipelines.calibrate import choose_tree
@@ -48,12 +49,16 @@ class BenchConfig:
 
     The first of `concurrency` is the one that the gate judges: the load that the service will carry. `min_gain` is
     the least gain for which speculation is on, as in calibration.
+
+    With `quantization` both sides are the backbone with weights of one byte, as a service of that setting runs it; step
+    times are then measured here, since calibration's are of the backbone as it is.
     """
 
     max_tokens: int = 128
     concurrency: list[int] = field(default_factory=lambda: [1])
     repeats: int = 3
     min_gain: float = 0.02
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         if not self.concurrency or min(self.concurrency) < 1 or self.repeats < 1:
@@ -85,7 +90,8 @@ class Bench:
     def __init__(self, context: RunContext, config: BenchConfig, prompts: StepOutput) -> None:
         self._context = context
         self._config = config
-        self._backbone: Backbone = context.backbone
+        quantization = config.quantization
+        self._backbone: Backbone = context.model.load(quantization) if quantization else context.backbone
         self.tokenizer = ChatTokenizer.from_pretrained(context.model.backbone)
         longest = self._backbone.max_positions - config.max_tokens
         encoded = _encode(prompts, self.tokenizer)
@@ -103,6 +109,9 @@ class Bench:
         """
         checkpoint = load_checkpoint(folder, self._backbone)
         trees = [TokenTree.from_paths(paths) for paths in checkpoint.meta.trees]
+        if self._config.quantization:
+            largest = max(self._config.concurrency)
+            times = self._engine(checkpoint, largest).measure_step_times(self._config.concurrency, trees)
         by_size = self._walk(checkpoint, trees)
         races = {c: self._race(checkpoint, trees, times, c) for c in self._config.concurrency}
         concurrency = self._config.concurrency[0]
@@ -123,6 +132,7 @@ class Bench:
             by_concurrency={str(c): race.result for c, race in races.items()},
             concurrency=concurrency,
             details={
+                "quantization": self._config.quantization,
                 "tokens_per_step_by_size": {str(size): value for size, value in by_size.items()},
                 "tokens_per_step_measured": _acceptance(replies),
                 "tree_measured": races[concurrency].tree.num_nodes,

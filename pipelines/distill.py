@@ -41,6 +41,7 @@ from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError, read_meta
 from medusa.config import strict, to_dict
 from medusa.model import model_directory, weights_digest
+from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
 from pipelines.answering import ReplyConfig
 from pipelines.artifact import StepDir, StepOutput, open_step
@@ -75,7 +76,8 @@ class DistillConfig(ReplyConfig):
     earlier version's perhaps, which makes it faster and changes no token (in float32); in a pipeline "champion"
     is the registry's. `speculation` is then as the engine has it: "auto", "off" or a tree size. The run stops
     when more than `max_failed` of all conversations fail, or when a block has ended its worker `max_attempts`
-    times.
+    times. `quantization` needs `quantized_teacher` beside it: the replies are then those of another model than
+    the one that the heads are trained on.
     """
 
     rows_per_block: int = 64
@@ -89,12 +91,19 @@ class DistillConfig(ReplyConfig):
     kv_cache_gb: float | None = None
     max_failed: float = 0.5
     max_attempts: int = 5
+    quantization: Quantization | None = None
+    quantized_teacher: bool = False
 
     def __post_init__(self) -> None:
         ReplyConfig.__post_init__(self)
         for name in ("rows_per_block", "max_batch_size", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.quantization is not None and not self.quantized_teacher:
+            raise ValueError(
+                f"quantization={self.quantization!r} makes the teacher another model than the one that heads are "
+                "trained on; leave it out, or set quantized_teacher=true to have its replies all the same"
+            )
         if self.num_actors is not None and self.num_actors < 0:
             raise ValueError(
                 f"num_actors must be 0 (this process) or more, or null to go by the cluster, got {self.num_actors}"
@@ -106,6 +115,8 @@ class DistillConfig(ReplyConfig):
     def meaning(self) -> dict[str, Any]:
         """What decides the rows and their files; the rest (workers, batch size) may change at a restart."""
         names = {"max_model_len", "rows_per_block", *ReplyConfig.__dataclass_fields__}
+        if self.quantization is not None:
+            names.add("quantization")
         return {name: value for name, value in to_dict(self).items() if name in names}
 
     @property
@@ -292,6 +303,7 @@ def engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], En
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,
         kv_cache_gb=config.kv_cache_gb,
+        quantization=config.quantization,
         speculation=config.speculation,
     )
 

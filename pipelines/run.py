@@ -17,6 +17,7 @@ from rich.console import Console
 
 from medusa.config import ConfigError, load_config, strict
 from medusa.model import Backbone
+from medusa.quantization import Quantization
 from pipelines import progress
 from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, only_complete_steps
@@ -49,9 +50,9 @@ class ModelConfig:
         """With the folder's absolute path: Ray's workers have another working directory. Hub ids stay."""
         return replace(self, backbone=str(Path(self.backbone).resolve())) if Path(self.backbone).is_dir() else self
 
-    def load(self) -> Backbone:
+    def load(self, quantization: Quantization | None = None) -> Backbone:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        return Backbone.from_pretrained(self.backbone, dtype=dtype, device=self.device)
+        return Backbone.from_pretrained(self.backbone, dtype=dtype, device=self.device, quantization=quantization)
 
 
 @strict

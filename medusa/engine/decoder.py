@@ -18,10 +18,12 @@ from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.gate import silu_mul
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import gated, plan_gated, plan_product, product
+from medusa.kernels.matmul import Weight, gated, plan_gated_of, plan_of, product
 from medusa.kernels.norm import add_norm
 from medusa.kernels.rope import rope_write
 from medusa.model import Backbone
+from medusa.quantization import QuantizedWeight
+from medusa.quantized_linear import QuantizedLinear
 
 FUSED_KINDS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -49,14 +51,14 @@ class Layer:
     """One decoder layer's weights as the kernels read them; the model's own parameters become views of them."""
 
     input_norm: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Weight
     qkv_bias: torch.Tensor | None
     head_norms: tuple[torch.Tensor, torch.Tensor, float] | None
-    out: torch.Tensor
+    out: Weight
     out_bias: torch.Tensor | None
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+    gate_up: Weight
+    down: Weight
     window: int | None
     scaling: float
 
@@ -86,7 +88,12 @@ def can_fuse(backbone: Backbone) -> bool:
 
 
 class FusedDecoder:
-    """Llama-like layers over `cache` [layers, 2, pages, page size, G, D], for positions below `max_positions`."""
+    """Llama-like layers over `cache` [layers, 2, pages, page size, G, D], for positions below `max_positions`.
+
+    Of a quantised backbone its linear layers are, and they are nearly all the bytes of a step. The embedding is read a
+    row a token; norms are vectors; the LM head gives the logits that decide, and the heads, which often share it, were
+    trained on it: these stay in the model's dtype.
+    """
 
     def __init__(self, backbone: Backbone, cache: torch.Tensor, scratch: Scratch, max_positions: int) -> None:
         model = backbone.model.base_model
@@ -135,9 +142,12 @@ class FusedDecoder:
         )  # fmt: skip
 
     def _mlp(self, layer: Layer, next_norm: torch.Tensor, buffers: Buffers) -> None:
-        tiles = plan_gated(len(buffers.normed_Md))
+        tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up)
         if tiles is None:
-            torch.mm(buffers.normed_Md, layer.gate_up.t(), out=buffers.both_M2F)
+            if isinstance(layer.gate_up, QuantizedWeight):
+                product(buffers.normed_Md, layer.gate_up, buffers.both_M2F, pdl=self.pdl)
+            else:
+                torch.mm(buffers.normed_Md, layer.gate_up.t(), out=buffers.both_M2F)
             silu_mul(buffers.both_M2F, buffers.gated_MF, pdl=self.pdl)
         else:
             gated(buffers.normed_Md, layer.gate_up, buffers.gated_MF, tiles, pdl=self.pdl)
@@ -156,8 +166,8 @@ class FusedDecoder:
         def empty(*shape: int, dtype: torch.dtype = self._embedding.dtype) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device=self._cache.device)
 
-        def partial(weight: torch.Tensor) -> torch.Tensor:
-            tiles = plan_product(num_nodes, *weight.shape, may_split=True)
+        def partial(weight: Weight) -> torch.Tensor:
+            tiles = plan_of(num_nodes, weight, may_split=True)
             splits = tiles.splits if tiles else 1
             return empty(splits, num_nodes, size, dtype=torch.float32 if splits > 1 else self._embedding.dtype)
 
@@ -183,18 +193,32 @@ def fuse(layer: Any) -> Layer:
         norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
     return Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_joined([linear.weight for linear in projections]),
+        qkv=_joined_weights(projections),
         qkv_bias=None if attention.q_proj.bias is None else _joined([linear.bias for linear in projections]),
         head_norms=norms,
-        out=attention.o_proj.weight,
+        out=_weight(attention.o_proj),
         out_bias=attention.o_proj.bias,
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight,
+        gate_up=_joined_weights([mlp.gate_proj, mlp.up_proj]),
+        down=_weight(mlp.down_proj),
         # Mistral's attention reads the window from its configuration, Qwen's decides by layer.
         window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
         scaling=attention.scaling,
     )
+
+
+def _weight(linear: torch.nn.Linear | QuantizedLinear) -> Weight:
+    return linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight
+
+
+def _joined_weights(linears: list[Any]) -> Weight:
+    if not isinstance(linears[0], QuantizedLinear):
+        return _joined([linear.weight for linear in linears])
+    whole = QuantizedWeight.joined([linear.quantized for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    for linear, values, scale in zip(linears, whole.values.split(sizes), whole.scale.split(sizes), strict=True):
+        linear.quantized = QuantizedWeight(values, scale)
+    return whole
 
 
 def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

@@ -32,6 +32,7 @@ from medusa.grammar import Grammars
 from medusa.growth import grown_tree
 from medusa.heads import MedusaHeads
 from medusa.model import Backbone
+from medusa.quantization import Quantization
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
@@ -94,7 +95,7 @@ class Engine:
             max_pages=self._limits.table_width,
             dtype=backbone.dtype,
             device=backbone.device,
-            salt=f"{backbone.name} {backbone.dtype}",
+            salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
         )
         self._scheduler = Scheduler(
             self._cache,
@@ -125,16 +126,22 @@ class Engine:
         speculation: Speculation = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
+        quantization: Quantization | None = None,
     ) -> Engine:
         """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
         the checkpoint has an adapter, `backbone` is its base or the two merged.
 
-        Raises UnsupportedModelError, CheckpointError, CheckpointMismatchError, or ValueError for a bad argument.
+        `quantization`: the decoder's weights in one byte each, "int8" or "fp8" (medusa/quantization.py). Replies are
+        then another model's, close to the backbone's; speculation is lossless against that model.
+
+        Raises UnsupportedModelError, QuantizationError, CheckpointError, CheckpointMismatchError, or ValueError for a
+        bad argument.
         """
         if heads is None:
-            model, checkpoint = Backbone.from_pretrained(backbone, device=device, dtype=dtype), None
+            model = Backbone.from_pretrained(backbone, device=device, dtype=dtype, quantization=quantization)
+            checkpoint = None
         else:
-            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype)
+            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype, quantization=quantization)
             checkpoint = load_checkpoint(Path(heads), model)
         return cls(
             model,
@@ -312,15 +319,18 @@ class Engine:
                 guess_width=limits.guess_width,
                 acceptance=acceptance,
             )
+        return self._graph_runner(acceptance)
+
+    def _graph_runner(self, acceptance: Typical | None) -> StepRunner:
         from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
 
+        limits = self._limits
         return GraphRunner(
             self.backbone,
             self.checkpoint,
             self._cache,
             max_batch_size=limits.max_batch_size,
             max_tree_nodes=limits.max_nodes,
-            max_prefill_tokens=limits.max_prefill_tokens,
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,

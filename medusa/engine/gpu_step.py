@@ -33,6 +33,7 @@ from medusa.kernels.walk import walk, walk_typical
 from medusa.model import Backbone
 
 NUM_STOP_IDS = 8  # a reply's stop ids that the GPU knows; the host cuts at any others
+SHARED_LOGITS = 256  # steps of up to so many nodes leave their logits in one place; larger ones are rare
 TREE_ROOM = 64  # a row's tree has room for a multiple of this
 
 
@@ -67,7 +68,7 @@ class StepBuffers:
 
 
 class GpuStep:
-    """The device state of a batch, and the launches of its steps. `max_nodes` bounds a step, `tree_nodes` one tree."""
+    """The device state of a batch, and the launches of its steps. `tree_nodes` bounds one tree."""
 
     def __init__(
         self,
@@ -76,7 +77,6 @@ class GpuStep:
         cache: KVCache,
         *,
         max_batch_size: int,
-        max_nodes: int,
         tree_nodes: int,
         max_positions: int,
         guess_width: int,
@@ -102,15 +102,14 @@ class GpuStep:
         self._pdl = supports_pdl(device)
         heads, head_size = _query_heads(backbone), cache.data.shape[-1]
         self._group = heads // cache.data.shape[-2]
-        scratch = Scratch.of(
-            max_nodes=max_nodes, heads=heads, size=head_size, processors=self._processors, device=device
-        )
+        scratch = Scratch.of(heads=heads, size=head_size, processors=self._processors, device=device)
         self.decoder: Decoder = (
             FusedDecoder(backbone, cache.data, scratch, max_positions)
             if can_fuse(backbone)
             else ModuleDecoder(backbone, cache.data, scratch)
         )
-        self._logits_MV = torch.empty(max_nodes, backbone.vocab_size, dtype=backbone.dtype, device=device)
+        self._logits_MV = self._new_logits(SHARED_LOGITS)
+        self._large_logits: dict[int, torch.Tensor] = {}
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
 
     def buffers(self, shape: Shape) -> StepBuffers:
@@ -135,7 +134,15 @@ class GpuStep:
 
     def logits(self, shape: Shape) -> torch.Tensor:
         """Where `forward` leaves the nodes' logits, [M, V]."""
-        return self._logits_MV[: shape.nodes]
+        if shape.nodes <= SHARED_LOGITS:
+            return self._logits_MV[: shape.nodes]
+        if shape.nodes not in self._large_logits:
+            self._large_logits[shape.nodes] = self._new_logits(shape.nodes)
+        return self._large_logits[shape.nodes]
+
+    def _new_logits(self, nodes: int) -> torch.Tensor:
+        backbone = self._backbone
+        return torch.empty(nodes, backbone.vocab_size, dtype=backbone.dtype, device=backbone.device)
 
     def forward(self, shape: Shape) -> torch.Tensor:
         """Drafts, decodes, and leaves logits; returns hidden states [M, d] for `decide`."""
@@ -153,6 +160,7 @@ class GpuStep:
         """The decoder over any nodes: a step's, or a prompt's chunks (`visible` then has no trees)."""
         plan = AttentionPlan.of(
             batch_size=visible.rows_B.shape[0],
+            num_nodes=drafts.num_nodes,
             max_nodes=max_nodes,
             group=self._group,
             num_kv_heads=self._cache.data.shape[-2],

@@ -33,6 +33,7 @@ from medusa.tree import Path, TokenTree
 BATCHES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 NODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256)
 BUDGETS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of NODES, those that the policy chooses among
+MORE_NODES = 256  # beyond those in NODES, their number is rounded up to a multiple of this
 LARGEST_TREES = (1, 4, 16, 64)  # what the largest tree of a step is rounded up to
 
 
@@ -51,20 +52,18 @@ class GraphRunner:
         *,
         max_batch_size: int,
         max_tree_nodes: int,
-        max_prefill_tokens: int,
         max_positions: int,
         guess_width: int,
         acceptance: Typical | None,
         growth: Items[Path] = (),
     ) -> None:
         self.batches = _buckets(BATCHES, max_batch_size)
-        self.nodes = _buckets(NODES, max(NODES[-1], max_batch_size, max_tree_nodes))
+        self.nodes = (*NODES, *range(NODES[-1] + MORE_NODES, max_batch_size * max_tree_nodes + MORE_NODES, MORE_NODES))
         self._step = GpuStep(
             backbone,
             checkpoint,
             cache,
             max_batch_size=max_batch_size,
-            max_nodes=max(self.nodes[-1], max_prefill_tokens),
             tree_nodes=max_tree_nodes,
             max_positions=max_positions,
             guess_width=guess_width,
@@ -118,7 +117,7 @@ class GraphRunner:
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
         """As StepRunner.rewind."""
         state = self._step.state
-        rows = torch.tensor([sequence.row for sequence in sequences], device=state.length_R.device)
+        rows = staged([sequence.row for sequence in sequences], torch.int64, state.length_R.device)
         state.length_R[rows] = length
         state.live_R[rows] = 1
         state.remaining_R[rows] = 1 << 30

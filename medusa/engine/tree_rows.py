@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from medusa.engine.staging import staged, uploaded
 from medusa.kernels.state import Trees
 from medusa.tree import Path, TokenTree
 
@@ -47,7 +48,8 @@ class TreeRows:
         changed: dict[tuple[Path, ...], list[int]] = {}
         for row, tree in zip(rows, trees, strict=True):
             order = self._order(tree)
-            if self._held.get(row, ((),))[: tree.num_nodes] != order[: tree.num_nodes]:
+            held = self._held.get(row, ((),))
+            if held is not order and held[: tree.num_nodes] != order[: tree.num_nodes]:
                 changed.setdefault(order, []).append(row)
                 self._held[row] = order
         for order, its_rows in changed.items():
@@ -91,18 +93,18 @@ class TreeRows:
         never = 1 << 20  # deeper than any heads guess
 
         def column(values: list[int], fill: int) -> torch.Tensor:
-            return torch.tensor([*values, *[fill] * unused], dtype=torch.int32, device=self._device)
+            return staged([*values, *[fill] * unused], torch.int32, self._device)
 
         return _Template(
             parent_N=column(parent, -1),
             depth_N=column([len(path) for path in order], never),
             rank_N=column([path[-1] if path else -1 for path in order], -1),
-            bits_NW=(ancestors.view(room, words, 64).long() * bit).sum(-1).to(self._device),
-            ancestors_NN=ancestors.to(self._device),
+            bits_NW=uploaded((ancestors.view(room, words, 64).long() * bit).sum(-1), self._device),
+            ancestors_NN=uploaded(ancestors, self._device),
         )
 
     def _write(self, template: _Template, rows: list[int]) -> None:
-        index = torch.tensor(rows, device=self._device)
+        index = staged(rows, torch.int64, self._device)
         self._trees.parent_RN[index] = template.parent_N
         self._trees.depth_RN[index] = template.depth_N
         self._trees.rank_RN[index] = template.rank_N

@@ -346,7 +346,8 @@ def attend(
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
-    if plan.splits > 1 and (plan.splits * num_nodes > len(scratch.part) or counters > len(scratch.arrived)):
+    too_many = plan.rows <= MERGING_ROWS and counters > len(scratch.arrived)
+    if plan.splits > 1 and (plan.splits * num_nodes > len(scratch.part) or too_many):
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
@@ -359,8 +360,8 @@ def attend(
         out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits,
         tiles, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
-        PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows, BN=plan.columns,
-        BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows,
+        BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **options(pdl),

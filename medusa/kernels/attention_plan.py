@@ -28,20 +28,24 @@ class AttentionPlan:
     stages: int = 2
 
     @classmethod
-    def of(cls, *, batch_size: int, max_nodes: int, group: int, num_kv_heads: int, processors: int) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over."""
-        packed = max_nodes * group
+    def of(
+        cls, *, batch_size: int, num_nodes: int, max_nodes: int, group: int, num_kv_heads: int, processors: int
+    ) -> AttentionPlan:
+        """A plan that keeps the GPU's multiprocessors busy about twice over.
+
+        Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles.
+        """
+        packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
-        tiles = triton.cdiv(packed, rows)
-        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * tiles))
+        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * triton.cdiv(packed, rows)))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+        tree_columns = 16 if max_nodes <= 16 else 32
+        if rows < MAX_ROWS:
+            return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, tree_columns=tree_columns)
+        # 64 rows by 64 columns spill from the registers of 4 warps, and without splits from those of 8 too (sm_80).
+        columns, warps = (32, 4) if splits == 1 else (64, 8)
         return cls(
-            splits=splits,
-            rows=rows,
-            columns=64,
-            max_nodes=max_nodes,
-            tree_columns=16 if max_nodes <= 16 else 32,
-            warps=8 if rows == MAX_ROWS else 4,
+            splits=splits, rows=rows, columns=columns, max_nodes=max_nodes, tree_columns=tree_columns, warps=warps
         )
 
 
@@ -81,11 +85,12 @@ class Scratch:
     arrived: torch.Tensor
 
     @classmethod
-    def of(cls, *, max_nodes: int, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
-        """For plans made by `AttentionPlan.of` over at most `max_nodes` nodes."""
-        rows = max(max_nodes, MAX_SPLITS, 2 * processors * MAX_ROWS // heads)
+    def of(cls, *, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
+        """For plans made by `AttentionPlan.of`, over fewer than twice as many nodes as its sequences may bring: splits
+        times tiles come to twice the processors at most, and a tile is MAX_ROWS rows of one key-value head."""
+        rows = max(2 * MAX_SPLITS, 4 * processors * MAX_ROWS // heads)
         return cls(
             part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
             lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
-            arrived=torch.zeros(2 * processors, dtype=torch.int32, device=device),
+            arrived=torch.zeros(1024 * processors, dtype=torch.int32, device=device),
         )

@@ -4,20 +4,27 @@ The matrix is read once from memory, so such a product costs its bytes, and ever
 flight: the weight tile is the tall operand (rows of W fill the tensor cores even for one row of X), and the reduction
 is split over programs where there would be too few of them.
 
+A quantised weight (medusa/quantization.py) halves those bytes: its tile becomes X's dtype on the way to the tensor
+cores, and the scale of a row of W is applied to float32 sums, so that no whole copy of it is ever made.
+
 Shapes: M rows of X, N rows of W (columns of the result), K the reduced axis, S splits of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
+from medusa.quantization import QuantizedWeight
+
+Weight = torch.Tensor | QuantizedWeight
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
+LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 
@@ -51,7 +58,7 @@ def _tile(
             inside = at < k1
             w = tl.load(W + n[:, None] * K + at[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0)
             x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
+        acc = tl.dot(w.to(X.dtype.element_ty), tl.trans(x), acc, input_precision=PRECISION)
     return acc
 
 
@@ -59,6 +66,7 @@ def _tile(
 def _matmul(
     X,
     W,
+    SCALE,
     BIAS,
     OUT,
     M,
@@ -81,6 +89,8 @@ def _matmul(
     k0 = tl.program_id(2) * PER
     await_inputs(PDL)
     acc = _tile(X, W, m, n, k0, min(k0 + PER, K), M, N, sx, K, BK, BM, BN, EVEN, PRECISION)
+    if W.dtype.element_ty.primitive_bitwidth == 8:
+        acc *= tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
     if HAS_BIAS:
         acc += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     out = OUT + tl.program_id(2) * so_split + m[None, :] * so + n[:, None]
@@ -91,6 +101,7 @@ def _matmul(
 def _gated(
     X,
     W,
+    SCALE,
     OUT,
     M,
     N,
@@ -123,8 +134,11 @@ def _gated(
             wu = tl.load(W + N * K + n[:, None] * K + at[None, :], mask=inside, other=0.0)
             x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :], other=0.0)
         x = tl.trans(x)
-        gate = tl.dot(wg, x, gate, input_precision=PRECISION)
-        up = tl.dot(wu, x, up, input_precision=PRECISION)
+        gate = tl.dot(wg.to(X.dtype.element_ty), x, gate, input_precision=PRECISION)
+        up = tl.dot(wu.to(X.dtype.element_ty), x, up, input_precision=PRECISION)
+    if W.dtype.element_ty.primitive_bitwidth == 8:
+        gate *= tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
+        up *= tl.load(SCALE + N + n, mask=n < N, other=0.0)[:, None]
     out = gate * tl.sigmoid(gate) * up
     tl.store(OUT + m[None, :] * so + n[:, None], out.to(OUT.dtype.element_ty), mask=(n < N)[:, None] & (m < M)[None, :])
 
@@ -146,7 +160,7 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
     """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's
     own product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory
     with elements of 16 bits."""
-    if num_rows > LIBRARY_ROWS:
+    if num_rows > LIBRARY_ROWS or num_out * size >= LARGEST_MATRIX:
         return None
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
     if may_split and size >= 1024:
@@ -167,9 +181,34 @@ def plan_gated(num_rows: int) -> Tiles | None:
     return Tiles(64, 64, 64, stages=4) if 32 < num_rows <= 64 else None
 
 
+def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles:
+    """The same for a weight of one byte a value. The library has no such product, so there is always a plan."""
+    tiles = plan_product(num_rows, num_out, size, may_split=may_split)
+    if tiles is None:
+        return Tiles(64 if num_rows <= 64 else 128, 128, 64, stages=4, warps=8)
+    return _wider(tiles)
+
+
+def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | None:
+    """The plan for a weight of either kind."""
+    plan = plan_quantized if isinstance(weight, QuantizedWeight) else plan_product
+    return plan(num_rows, *weight.shape, may_split=may_split)
+
+
+def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | None:
+    """The same for a gated product; None: take `product` and gate after it."""
+    tiles = plan_gated(num_rows)
+    return _wider(tiles) if tiles is not None and isinstance(weight, QuantizedWeight) else tiles
+
+
+def _wider(tiles: Tiles) -> Tiles:
+    """Twice the columns, so that as many bytes of a quantised weight are in flight, where X's tile leaves room."""
+    return replace(tiles, columns=2 * tiles.columns) if tiles.rows_x <= 32 else tiles
+
+
 def matmul(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     out: torch.Tensor,
     tiles: Tiles,
     bias: torch.Tensor | None = None,
@@ -179,6 +218,7 @@ def matmul(
     """x [M, K] times weight [N, K] transposed, written to out: [M, N], or with splits [S, M, N] partial sums in float32
     that the reader adds up (`add_norm`). A bias goes with a whole product only."""
     num_rows, (num_out, size) = x.shape[0], weight.shape
+    values, scale = _parts(weight)
     splits = out.shape[0] if out.dim() == 3 else 1
     if splits != tiles.splits or (bias is not None and splits > 1):
         raise ValueError(
@@ -188,41 +228,52 @@ def matmul(
     even = size % tiles.columns == 0 and num_out % tiles.rows_w == 0
     grid = (triton.cdiv(num_out, tiles.rows_w), triton.cdiv(num_rows, tiles.rows_x), splits)
     _matmul[grid](
-        x, weight, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
+        x, values, scale, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
 
 def product(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None, *, pdl: bool = False
+    x: torch.Tensor, weight: Weight, out: torch.Tensor, bias: torch.Tensor | None = None, *, pdl: bool = False
 ) -> torch.Tensor:
     """x @ weight.T (+ bias) into `out` [M, N] by whatever is fastest; into `out` [S, M, N] as partial sums, where S is
-    what `plan_product` splits it into."""
-    tiles = plan_product(len(x), *weight.shape, may_split=out.dim() == 3)
+    what `plan_of` splits it into."""
+    tiles = plan_of(len(x), weight, may_split=out.dim() == 3)
     target = out[0] if out.dim() == 3 and len(out) == 1 else out
     if tiles is not None:
         return matmul(x, weight, target, tiles, bias, pdl=pdl)
+    assert isinstance(weight, torch.Tensor)  # a quantised one always has a plan
     if bias is not None:
         return torch.addmm(bias, x, weight.t(), out=target)
     return torch.mm(x, weight.t(), out=target)
 
 
-def gated(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
+def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) -> out [M, N], where weight [2N, K] is gate above up."""
     num_rows, (num_both, size) = x.shape[0], weight.shape
+    values, scale = _parts(weight)
     num_out = num_both // 2
     even = size % tiles.columns == 0 and num_out % tiles.rows_w == 0
     grid = (triton.cdiv(num_out, tiles.rows_w), triton.cdiv(num_rows, tiles.rows_x))
     _gated[grid](
-        x, weight, out, num_rows, num_out, x.stride(0), out.stride(0),
+        x, values, scale, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        PDL=pdl, num_warps=tiles.warps, num_stages=tiles.stages, **options(pdl),
+        PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
+
+
+def _parts(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
 def _precision(x: torch.Tensor) -> str:
     """float32 products are exact to float32; Triton's default for them would be tf32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _stages(tiles: Tiles, x: torch.Tensor) -> int:
+    """Elements of 32 bits take twice the shared memory: half as many tiles are under way."""
+    return max(1, tiles.stages * 2 // x.element_size())

@@ -21,6 +21,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from fastapi.testclient import TestClient
 from safetensors import SafetensorError
 
 from deployments import local
@@ -30,7 +31,7 @@ from deployments.config import ServerConfig
 from deployments.server import MedusaServer, build_app, load_service
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError
-from medusa.config import ConfigError, load_config, to_dict
+from medusa.config import ConfigError, load_config, to_dict, validate
 from medusa.digests import directory_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,6 +108,29 @@ def test_heads_of_another_digest_are_not_served(tiny_llama, tiny_heads):
     config = ServerConfig(model=str(tiny_llama), heads=str(tiny_heads), heads_digest="0" * 64)
     with pytest.raises(CheckpointMismatchError, match=f"{directory_digest(tiny_heads)}.*{'0' * 64}"):
         load_service(config)
+
+
+def test_a_quantised_service_says_that_it_is(tiny_llama, tiny_heads):
+    config = validate(
+        ServerConfig,
+        {"model": str(tiny_llama), "heads": str(tiny_heads), "speculation": "off", "quantization": "int8"},
+        source="test",
+    )
+    service = load_service(config)
+    try:
+        with TestClient(service.api) as client:
+            assert client.get("/version").json()["quantization"] == "int8"
+            body = {"model": config.served_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 3}
+            reply = client.post("/v1/chat/completions", json=body).json()
+        assert service.engine._engine.backbone.quantization == "int8"
+        assert re.fullmatch("medusa-[0-9a-f]{12}-int8", reply["system_fingerprint"])
+    finally:
+        service.engine.close()
+
+
+def test_an_unknown_quantisation_is_refused_with_what_is_allowed():
+    with pytest.raises(ConfigError, match=r"quantization.*int8.*fp8"):
+        validate(ServerConfig, {"model": "m", "quantization": "int4"}, source="test")
 
 
 def test_a_backbone_of_another_digest_is_not_served(tiny_llama):

@@ -389,6 +389,14 @@ def test_configs_that_make_no_sense_are_refused(config: dict[str, Any], message:
         DistillConfig(**config)
 
 
+def test_a_quantised_teacher_must_be_asked_for():
+    with pytest.raises(ValueError, match="quantized_teacher=true"):
+        DistillConfig(quantization="int8")
+    asked = DistillConfig(quantization="int8", quantized_teacher=True)
+    assert asked.meaning["quantization"] == "int8"  # other rows, so another step
+    assert "quantization" not in DistillConfig().meaning
+
+
 def main(root: str, backbone: str, marker: str) -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=256 * 2**20)
     config = DistillConfig(**{**CONFIG.__dict__, "num_actors": 2})

@@ -93,6 +93,15 @@ def test_where_no_tree_pays_speculation_is_off_and_its_acceptance_is_told_all_th
     assert measured.details["tree_measured"] > 1 and measured.details["tokens_per_step_measured"] >= 1
 
 
+def test_a_quantised_backbone_is_measured_as_itself(context, prompts, checkpoint):
+    config = BenchConfig(max_tokens=12, concurrency=[1], repeats=1, min_gain=0.0, quantization="int8")
+    quantized = Bench(context, config, prompts)
+    measured, replies = quantized.measure(checkpoint, SLOW_TREES)
+    assert measured.lossless and measured.details["quantization"] == "int8"
+    assert sum(len(reply.token_ids) for reply in replies) > 6
+    assert quantized._backbone.quantization == "int8" and context.backbone.quantization is None
+
+
 def test_a_checkpoint_without_calibration_is_refused(bench, context):
     backbone = context.backbone
     config = HeadsConfig(hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, num_heads=1)

@@ -221,3 +221,16 @@ def test_two_workers_killed_twice_end_at_the_same_loss(tiny_llama: Path, tmp_pat
     assert (tmp_path / "marker-3").exists() and (tmp_path / "marker-7").exists()
     assert losses(output) == pytest.approx(losses(undisturbed), rel=1e-4)
     load_checkpoint(output.path / "checkpoint", Backbone.from_pretrained(output.path / "backbone", device="cpu"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_every_workers_dropout_is_the_same_after_a_kill(tiny_llama: Path, tmp_path: Path) -> None:
+    joint = JointConfig(rank=4, dropout=0.3)
+    trainer = replace(LORA, joint=joint, max_steps=6)
+    config = replace(JOINT, trainer=trainer, validate_every=0, num_workers=2, max_failures=2)
+    undisturbed = run(tmp_path / "undisturbed", tiny_llama, config)
+    killed = run(tmp_path / "killed", tiny_llama, config, on_step=stop_once(tmp_path / "marker", 4, vanish))
+    assert (tmp_path / "marker").exists()
+    assert losses(killed) == pytest.approx(losses(undisturbed), rel=1e-5)

@@ -14,29 +14,39 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import medusa.kernels
+from medusa.kernels.attention import AHEAD_SPLITS, MERGING_ROWS
+from medusa.kernels.attention_plan import AttentionPlan
+from medusa.kernels.matmul import Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
+from medusa.quantization import QuantizedWeight
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
 
 # Types by argument name, shared by the kernels; Case.types overrides. The rest are constexpr (given in `constants`).
 POINTERS = {
     "*i32": "ROWS COUNT DEPTH RANK NUM_GUESSED LIVE ROW NODE VALID START MIN_TOKENS NUM_OUTPUT TOP_K REMAINING PARENT "
-    "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT",
+    "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT ARRIVED",
     "*i64": "ROOT GUESSES LENGTH TOKENS POSITION STOP SEED CHOICE BEST SAMPLED SAMPLES OUT PAIRS TOKEN_MAP BITS",
-    "*fp32": "TEMPERATURE TOP_P MIN_P CUT_VALUE SUMS LOGPROB SCORE",
+    "*fp32": "SCALE TEMPERATURE TOP_P MIN_P CUT_VALUE SUMS LOGPROB SCORE",
     "*u8": "KEPT",
 }
-STRIDES = {"stride_m": "i32", "stride_b": "i32", "stride_k": "i32", "plane": "i64"}
-SIZES = dict.fromkeys(["B", "M", "R", "X", "V", "P"], "i32")
-TYPES = SIZES | STRIDES | {name: kind for kind, names in POINTERS.items() for name in names.split()}
+STRIDES = {"plane": "i64"} | dict.fromkeys(
+    ["stride_m", "stride_b", "stride_k", "sx", "so", "so_split", "sp_split", "sp", "sr", "sb", "sq", "sc", "ss", "sh"]
+    + ["sq_m", "sq_h", "so_m", "so_h"],
+    "i32",
+)
+SIZES = dict.fromkeys(["B", "M", "R", "X", "V", "P", "N", "window", "num_nodes", "st", "SPLITS", "TILES"], "i32")
+SCALARS = dict.fromkeys(["eps", "scaling", "softcap"], "fp32")
+TYPES = SIZES | SCALARS | STRIDES | {name: kind for kind, names in POINTERS.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Case:
     def source(self, pdl: bool) -> ASTSource:
         function = kernels()[self.kernel]
         constants = self.constants | ({"PDL": pdl} if "PDL" in function.arg_names else {})
+        if "AHEAD" in constants:
+            constants["AHEAD"] = constants["AHEAD"] and pdl  # prefetching goes with dependent launch
         types = TYPES | self.types
         signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
         places = {name: (place,) for place, name in enumerate(function.arg_names)}
@@ -59,7 +71,7 @@ class Case:
         aligned = {
             places[name]: [["tt.divisibility", 16]]
             for name, kind in signature.items()
-            if kind.startswith("*") or name in (*STRIDES, "V")
+            if kind.startswith("*") or (kind != "constexpr" and name in (*STRIDES, "V", "N"))
         }
         return ASTSource(
             fn=function,
@@ -69,13 +81,144 @@ class Case:
         )
 
 
-def over(kernel: str, *, types: dict[str, str] | None = None, num_warps: int = 4, **choices: object) -> list[Case]:
+def over(
+    kernel: str, *, types: dict[str, str] | None = None, num_warps: int = 4, num_stages: int = 3, **choices: object
+) -> list[Case]:
     """Cases of all combinations of the listed constants (a bare value is one choice)."""
     lists = [value if isinstance(value, list) else [value] for value in choices.values()]
     return [
-        Case(kernel, dict(zip(choices, values, strict=True)), types or {}, num_warps)
+        Case(kernel, dict(zip(choices, values, strict=True)), types or {}, num_warps, num_stages)
         for values in itertools.product(*lists)
     ]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a backbone, as its products and its attention see them."""
+
+    hidden: int
+    heads: int
+    groups: int
+    channels: int
+    vocab: int
+    head_size: int = 128
+
+
+MODELS = [
+    Model(4096, 32, 32, 11008, 32000),  # Vicuna 7B
+    Model(4096, 32, 8, 14336, 128256),  # Llama 3 8B
+    Model(6656, 52, 52, 17920, 32000),  # Vicuna 33B
+]
+PROCESSORS = {80: 108, 90: 132}
+ROWS = range(1, 257)
+MOST_NODES = (1, 4, 16, 64, 512)  # of a sequence: a step's or a prompt's
+
+
+def products() -> list[Case]:
+    """Every product of a step as `plan_product` and `plan_gated` cut it, by number of rows."""
+    cases: dict[str, Case] = {}
+    for model in MODELS:
+        qkv = (model.heads + 2 * model.groups) * model.head_size
+        whole = [(qkv, model.hidden), (model.vocab, model.hidden), (4 * model.hidden, model.hidden)]
+        partial = [(model.hidden, model.heads * model.head_size), (model.hidden, model.channels)]
+        for rows, (out, size) in itertools.product(ROWS, whole + partial):
+            tiles = plan_product(rows, out, size, may_split=(out, size) in partial)
+            for has_bias in (False, True) if tiles and tiles.splits == 1 else (False,):
+                if tiles is not None:
+                    case = _product("matmul._matmul", tiles, size, HAS_BIAS=has_bias)
+                    cases[str(replace(case, constants=case.constants | {"K": 0, "PER": 0}))] = case
+        for rows in ROWS:
+            if (tiles := plan_gated(rows)) is not None:
+                cases[str(("gated", tiles, model.hidden))] = _product("matmul._gated", tiles, model.hidden)
+    return list(cases.values())
+
+
+def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
+    types = {name: "*bf16" for name in ("X", "W", "OUT")} | {"BIAS": "*bf16", "N": "i32"}
+    shape: dict[str, object] = {"K": size, "BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns}
+    if kernel == "matmul._matmul":
+        shape["PER"] = triton.cdiv(triton.cdiv(size, tiles.splits), tiles.columns) * tiles.columns
+        types["OUT"] = "*fp32" if tiles.splits > 1 else "*bf16"
+        if not constants["HAS_BIAS"]:
+            constants["BIAS"] = None
+    constants = shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32"} | constants
+    return Case(kernel, constants, types, tiles.warps, tiles.stages)
+
+
+def attentions() -> list[Case]:
+    """Attention as `AttentionPlan.of` cuts it: trees whose keys the launch writes itself or finds, and chains."""
+    cases: dict[str, Case] = {}
+    for model, capability, batch, most in itertools.product(MODELS, PROCESSORS, (1, 4, 16, 64, 256), MOST_NODES):
+        group = model.heads // model.groups
+        for nodes in {batch * most, max(batch, batch * most // 8)}:
+            plan = AttentionPlan.of(
+                batch_size=batch, num_nodes=nodes, max_nodes=most, group=group, num_kv_heads=model.groups,
+                processors=PROCESSORS[capability],
+            )  # fmt: skip
+            for fresh in (False, True) if most <= 128 else (False,):
+                kind = (group, plan.rows, plan.columns, plan.tree_columns, plan.splits > 1, most > 128, fresh)
+                cases.setdefault(str(kind), _attention(model, plan, chain=most > 128, fresh=fresh))
+    window = replace(plan, splits=4)
+    return [
+        *cases.values(),
+        _attention(MODELS[1], window, chain=False, fresh=True, window=True),
+        _attention(MODELS[1], window, chain=False, fresh=True, norm=True),
+        _attention(MODELS[0], window, chain=True, window=True, softcap=True),
+        *over(
+            "attention._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
+            H=[32, 52], D=128, BD=128, HB=8,
+        ),
+    ]  # fmt: skip
+
+
+def _attention(
+    model: Model,
+    plan: AttentionPlan,
+    *,
+    chain: bool,
+    fresh: bool = False,
+    norm: bool = False,
+    window: bool = False,
+    softcap: bool = False,
+) -> Case:
+    group, whole = model.heads // model.groups, plan.splits == 1
+    constants: dict[str, object] = {
+        "H": model.heads, "GROUP": group, "D": model.head_size, "BD": model.head_size, "N": 1 if chain else 64, "W": 1,
+        "PAGE": 64, "WHOLE": whole, "MERGES": plan.rows <= MERGING_ROWS, "AHEAD": plan.splits >= AHEAD_SPLITS,
+        "BM": plan.rows, "BN": plan.columns, "BT": plan.tree_columns, "CHAIN": chain, "FRESH": fresh, "NORM": norm,
+        "WINDOW": window, "SOFTCAP": softcap, "PRECISION": "tf32",
+    }  # fmt: skip
+    absent = {"BITS", "DEPTH"} if chain else set()
+    absent |= set() if fresh else {"POSITION", "COS", "SIN"}
+    absent |= set() if norm else {"QNORM", "KNORM"}
+    bf16 = ("Q", "KEYS", "VALUES", "OUT", "COS", "SIN", "QNORM", "KNORM")
+    types = dict.fromkeys(bf16, "*bf16") | {"PART": "*fp32", "LSE": "*fp32"}
+    return Case("attention._attend", constants | dict.fromkeys(absent), types, plan.warps, plan.stages)
+
+
+def small_kernels() -> list[Case]:
+    """What lies between the products."""
+    bf16 = {
+        name: "*bf16" for name in ("RESIDUAL", "WEIGHT", "OUT", "BIAS", "QKV", "BOTH", "COS", "SIN", "KEYS", "VALUES")
+    }
+    cases = over("gate._silu_mul", types=bf16, F=[11008, 17920], BF=1024, num_stages=1)
+    for size, block in ((4096, 4096), (6656, 8192)):
+        for splits, kind in ((0, "*bf16"), (1, "*bf16"), (2, "*fp32"), (4, "*fp32")):
+            types = bf16 | {"PARTIAL": kind}
+            shape = dict(D=size, S=splits, BD=block, num_warps=8, num_stages=1)
+            cases += over("norm._add_norm", types=types, HAS_BIAS=False, BIAS=None, **shape)
+        cases += over("norm._add_norm", types=types, HAS_BIAS=True, **shape)
+    for model in (MODELS[0], MODELS[1], MODELS[2]):
+        shape = dict(
+            H=model.heads, G=model.groups, D=model.head_size, BH=model.head_size // 2, PAGE=64, HB=8,
+            HEADS=model.heads + 2 * model.groups, num_stages=1,
+        )  # fmt: skip
+        cases += over("rope._rope_write", types=bf16, ROTATE=True, NORM=False, QNORM=None, KNORM=None, **shape)
+    cases += over(
+        "rope._rope_write", types=bf16 | {"QNORM": "*bf16", "KNORM": "*bf16"}, ROTATE=True, NORM=True, **shape
+    )
+    unrotated = dict.fromkeys(("QNORM", "KNORM", "COS", "SIN", "POSITION"))
+    return cases + over("rope._rope_write", types=bf16, ROTATE=False, NORM=False, **unrotated, **shape)
 
 
 SHIFTS = {"*bf16": 16, "*fp16": 13, "*fp32": 0}
@@ -109,7 +252,40 @@ CASES: list[Case] = [
     *over("compact._compact", types={"CACHE": "*bf16"}, D=9, BD=16, PAGE=64, SIZE=4096, BLOCK=512, num_warps=8),
     *over("growth._grow", N=64, BN=64, BW=1, K=4, S=10, num_warps=1),
     *over("growth._grow", N=192, BN=256, BW=4, K=4, S=10, num_warps=1),
+    *products(),
+    *attentions(),
+    *small_kernels(),
 ]
+
+
+def quantized_cases() -> list[Case]:
+    """Products with weights of one byte, of every plan that a 7B model's shapes are given; fp8 is for sm_90 alone."""
+    cases: dict[tuple[object, ...], Case] = {}
+    types = {"X": "*bf16", "BIAS": "*bf16", "OUT": "*bf16"}
+    for values, rows in [*(("*i8", rows) for rows in (1, 17, 33, 65, 129)), ("*fp8e4nv", 1), ("*fp8e4nv", 65)]:
+        for (num_out, size), may_split in itertools.product(
+            ((6144, 4096), (22016, 4096), (4096, 11008)), (False, True)
+        ):
+            tiles = plan_quantized(rows, num_out, size, may_split=may_split)
+            per = size // tiles.splits
+            constants = tile_constants(tiles) | {"K": size, "PER": per, "HAS_BIAS": not may_split}
+            its_types = types | {"W": values} | ({"OUT": "*fp32"} if tiles.splits > 1 else {})
+            case = Case("matmul._matmul", constants, its_types, tiles.warps, tiles.stages)
+            cases[values, tiles, may_split] = case
+        gated = plan_gated_of(
+            rows, QuantizedWeight(torch.empty(22016, 4096, dtype=torch.int8, device="meta"), torch.ones(1))
+        )
+        if gated is not None:
+            constants = tile_constants(gated) | {"K": 4096}
+            cases[values, gated] = Case("matmul._gated", constants, types | {"W": values}, gated.warps, gated.stages)
+    return list(cases.values())
+
+
+def tile_constants(tiles: Tiles) -> dict[str, object]:
+    return {"BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns, "EVEN": True, "PRECISION": "tf32"}
+
+
+QUANTIZED_CASES = quantized_cases()
 
 
 def kernels() -> dict[str, JITFunction]:
@@ -151,10 +327,13 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
 
 
 def main() -> None:
-    listed = {case.kernel for case in CASES}
+    every = CASES + QUANTIZED_CASES
+    listed = {case.kernel for case in every}
     print(json.dumps({"kernels": sorted(kernels()), "listed": sorted(listed)}))
-    for case in CASES if not sys.argv[1:] else [case for case in CASES if case.kernel in sys.argv[1:]]:
+    for case in every if not sys.argv[1:] else [case for case in every if case.kernel in sys.argv[1:]]:
         for capability, pdl in ((80, False), (90, True)):
+            if capability == 80 and case.types.get("W") == "*fp8e4nv":
+                continue  # refused there by name (medusa/quantization.py)
             print(json.dumps(compile_case(case, capability, pdl)), flush=True)
 
 

@@ -30,6 +30,11 @@ LAUNCHES = {
     "compact": ["compact"],
     "topk": ["topk"],
     "growth": ["grow_trees"],
+    "attention": ["attend"],
+    "matmul": ["matmul", "gated", "product"],
+    "norm": ["add_norm"],
+    "rope": ["rope_write"],
+    "gate": ["silu_mul"],
 }
 
 

@@ -1,0 +1,128 @@
+"""Both decoders of a GPU step, interpreted: the hidden states of transformers' own forward, and each other's."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from medusa.engine.decoder import FusedDecoder, ModuleDecoder, StepNodes, can_fuse
+from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
+from medusa.model import Backbone
+
+CPU = torch.device("cpu")
+PAGE_SIZE, PAGES, ROWS, PADDING, VOCAB = 16, 4, 4, 3, 97
+KINDS = [
+    ("llama", {}),
+    ("llama", {"attention_bias": True}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 16}),
+    ("mistral", {"sliding_window": 6}),
+]
+
+
+def backbone_of(kind, **changes):
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, **changes,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():  # biases and norms too, which start as zeros and ones
+            parameter.data.normal_(0, 0.2) if parameter.dim() > 1 else parameter.data.uniform_(0.5, 1.5)
+    return Backbone(model, name=kind, digest="none")
+
+
+class Pages:
+    """A cache that holds NaN wherever nothing has been written, and the lengths of its rows."""
+
+    def __init__(self, backbone):
+        self.data = torch.full((2, 2, ROWS * PAGES + 1, PAGE_SIZE, *backbone.kv_shape), float("nan"))
+        self.tables = torch.arange(1, ROWS * PAGES + 1, dtype=torch.int32).view(ROWS, PAGES)
+        self.tables[-1] = 0
+        self.length = torch.zeros(ROWS, dtype=torch.int64)
+
+    def step(self, decoder, rows, texts, bits_RNW=None, depth_RN=None):
+        """Runs the texts as nodes of the rows, behind what these hold; padding follows. [M, d]."""
+        counts = [len(text) for text in texts]
+        total = sum(counts) + PADDING
+        token, position = torch.zeros(2, total, dtype=torch.int64)
+        row, node = torch.full((total,), ROWS - 1, dtype=torch.int32), torch.zeros(total, dtype=torch.int32)
+        m = 0
+        for its_row, text in zip(rows, texts, strict=True):
+            for n, token_id in enumerate(text):
+                depth = n if depth_RN is None else int(depth_RN[its_row, n])
+                row[m], node[m], token[m], position[m] = its_row, n, token_id, int(self.length[its_row]) + depth
+                m += 1
+        count = torch.tensor(counts, dtype=torch.int32)
+        visible = Visible(
+            torch.tensor(rows, dtype=torch.int32), (count.cumsum(0) - count).int(), count, self.length, self.tables,
+            bits_RNW, depth_RN,
+        )  # fmt: skip
+        plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=max(counts))
+        return decoder(StepNodes(token, position, row, node, visible, plan)).clone().split([*counts, PADDING])[:-1]
+
+
+def decoders(backbone):
+    scratch = Scratch.of(heads=4, size=backbone.kv_shape[1], processors=16, device=CPU)
+    for kind in (ModuleDecoder, FusedDecoder):
+        pages = Pages(backbone)
+        arguments = (backbone, pages.data, scratch)
+        yield pages, kind(*arguments) if kind is ModuleDecoder else kind(*arguments, 128)
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=[f"{kind}{len(changes)}" for kind, changes in KINDS])
+def test_chunks_and_a_tree_give_what_a_plain_forward_gives(kind, changes):
+    backbone, rng = backbone_of(kind, **changes), random.Random(0)
+    assert can_fuse(backbone)
+    texts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (14, 6)]
+    rows, first = [2, 0], [9, 4]
+    # A root with two children, the second of which has a child: the text goes along nodes 0, 2 and 3.
+    parents, depths = [-1, 0, 0, 2], [0, 1, 1, 2]
+    depth_RN, bits_RNW = torch.zeros(ROWS, 64, dtype=torch.int32), torch.zeros(ROWS, 64, 1, dtype=torch.int64)
+    for node, parent in enumerate(parents):
+        depth_RN[:, node] = depths[node]
+        bits_RNW[:, node] = 1 << node | (bits_RNW[0, parent] if parent >= 0 else 0)
+    whole = [backbone.hidden_states(torch.tensor([text]))[0] for text in texts]
+    wrong = [rng.randrange(VOCAB) for _ in texts]
+    branch = [
+        backbone.hidden_states(torch.tensor([[*text[: start + 1], token]]))[0, -1]
+        for text, start, token in zip(texts, first, wrong, strict=True)
+    ]
+    with torch.inference_mode():
+        for pages, decoder in decoders(backbone):
+            chunks = pages.step(decoder, rows, [text[:start] for text, start in zip(texts, first, strict=True)])
+            for b, start in enumerate(first):
+                torch.testing.assert_close(chunks[b], whole[b][:start], atol=2e-5, rtol=1e-4)
+                pages.length[rows[b]] = start
+            nodes = [
+                [text[start], token, *text[start + 1 : start + 3]][: 4 if b == 0 else 3]
+                for b, (text, start, token) in enumerate(zip(texts, first, wrong, strict=True))
+            ]
+            found = pages.step(decoder, rows, nodes, bits_RNW, depth_RN)
+            for b, start in enumerate(first):
+                torch.testing.assert_close(found[b][1], branch[b], atol=2e-5, rtol=1e-4)
+                on_path = found[b][[0, 2, 3] if b == 0 else [0, 2]]
+                expected = whole[b][start : start + len(on_path)]
+                torch.testing.assert_close(on_path, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_models_of_other_forwards_are_not_fused():
+    assert not can_fuse(backbone_of("llama", mlp_bias=True))
+    assert not can_fuse(backbone_of("llama", hidden_act="gelu"))
+    assert not can_fuse(backbone_of("phi3", pad_token_id=0))
+
+
+def test_fusing_leaves_the_model_as_it_was():
+    """Its parameters become views of the joined matrices, with the values that they had."""
+    backbone = backbone_of("qwen2")
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    list(decoders(backbone))
+    after = backbone.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    attention = backbone.model.base_model.layers[0].self_attn
+    start = attention.q_proj.weight.untyped_storage().data_ptr()
+    assert attention.v_proj.weight.untyped_storage().data_ptr() == start

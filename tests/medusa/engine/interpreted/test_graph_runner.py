@@ -1,0 +1,184 @@
+"""The GPU's runner, its kernels interpreted, gives what the reference runner gives: tokens, steps, log-probabilities.
+
+The backbones are made to say mostly a permutation of the last token, and the heads to guess it, so that many drafts are
+right and some are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+
+from medusa import Engine, MedusaHeads, SamplingParams
+from medusa.decoding import Typical
+from medusa.engine.graph_runner import GraphRunner
+from medusa.model import Backbone
+from medusa.tokenizer import ChatTokenizer
+from tests.medusa.engine.support import NUM_HEADS, TREES, checkpoint_of, gigabytes, random_prompts
+
+VOCAB = 300
+LENGTH = 5
+PROMPTS = random_prompts([5, 40, 1, 9, 21, 3, 8], vocab=VOCAB)
+
+
+class GraphEngine(Engine):
+    """On the GPU's runner wherever it is."""
+
+    _runner_of = Engine._graph_runner
+
+
+def guessing(path, temperament=1.0):
+    """A backbone whose next token is mostly a permutation of its last one, and a checkpoint whose heads know it."""
+    backbone = Backbone.from_pretrained(path, device="cpu")
+    embedding = backbone.model.get_input_embeddings().weight.data
+    generator = torch.Generator().manual_seed(7)
+    after = torch.randperm(len(embedding), generator=generator)
+    embedding.copy_(torch.randn(embedding.shape, generator=generator) * 0.4)
+    backbone.model.get_output_embeddings().weight.data[after] = embedding * temperament
+    checkpoint = checkpoint_of(backbone, vocabulary="own")
+    weights = dict(checkpoint.heads.state_dict())
+    reached = after
+    for head in range(NUM_HEADS):
+        reached = after[reached]
+        weights[f"{head}.1.weight"] = torch.empty_like(embedding).index_copy(0, reached, embedding * temperament)
+    assert isinstance(checkpoint.heads, MedusaHeads)
+    checkpoint.heads.load_state_dict(weights)
+    return backbone, checkpoint
+
+
+def build(kind, path, **arguments):
+    backbone, checkpoint = guessing(path)
+    settings = {"max_batch_size": 3, "max_model_len": 200, "max_prefill_tokens": 24, "speculation": "off"}
+    engine = kind(backbone, ChatTokenizer.from_pretrained(path), checkpoint, **{**settings, **arguments})
+    engine.set_tree(TREES[4])
+    return engine
+
+
+@cache
+def pair(path, **arguments):
+    engines = build(Engine, path, **arguments), build(GraphEngine, path, **arguments)
+    assert isinstance(engines[1]._runner, GraphRunner)
+    return engines
+
+
+@pytest.fixture(scope="module")
+def llama(make_backbone_dir):
+    return make_backbone_dir("llama", vocab=VOCAB)
+
+
+def assert_equal_runs(engines, prompts, params, tree=TREES[4]):
+    """Generates on both; returns the reference's completions."""
+    for engine in engines:
+        engine.set_tree(tree)
+    expected, got = (engine.generate(prompts, params) for engine in engines)
+    for plain, graph in zip(expected, got, strict=True):
+        assert graph.token_ids == plain.token_ids
+        assert graph.accepted_per_step == plain.accepted_per_step
+        assert (graph.text, graph.finish_reason, graph.seed) == (plain.text, plain.finish_reason, plain.seed)
+        assert (graph.logprobs is None) == (plain.logprobs is None)
+        for one, other in zip(graph.logprobs or [], plain.logprobs or [], strict=True):
+            assert one.token_id == other.token_id
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+    assert engines[1].stats().pages_used == engines[0].stats().pages_used == 0
+    return expected
+
+
+def params(**arguments):
+    return SamplingParams(**{"max_tokens": LENGTH, "temperature": 0.0, "seed": 3, "ignore_eos": True, **arguments})
+
+
+def test_mixed_requests_more_than_rows_and_prompts_in_chunks(llama):
+    engines = pair(llama)
+    greedy = engines[0].generate(PROMPTS[:2], params())
+    each = [
+        params(),
+        params(stop_token_ids=(greedy[1].token_ids[3],)),
+        params(temperature=0.9, stop=(greedy[0].text[2:4],), include_stop_str_in_output=True),
+        params(temperature=1.2, top_k=20, top_p=0.8, n=2),
+        params(temperature=0.7, min_p=0.1),
+        params(temperature=1.0, ignore_eos=False, min_tokens=3, stop_token_ids=tuple(greedy[0].token_ids)),
+        params(max_tokens=1),
+    ]
+    completions = assert_equal_runs(engines, PROMPTS, each, TREES[8])
+    assert max(count for c in completions for count in c.accepted_per_step) > 2
+    assert min(count for c in completions for count in c.accepted_per_step) == 1
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    assert engines[1]._runner.lag == 1
+
+
+def test_requests_that_need_the_host_beside_others(llama):
+    each = [
+        params(frequency_penalty=0.8, logit_bias={7: 3.0, 9: -2.0}, logprobs=2),
+        params(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.4),
+        params(temperature=0.8),
+        params(temperature=0.9, logprobs=0, max_tokens=3),
+        params(temperature=0.9, min_tokens=4, stop_token_ids=tuple(range(20, 200))),  # more than the GPU knows
+    ]
+    completions = assert_equal_runs(pair(llama), PROMPTS[:5], each)
+    assert max(count for c in completions for count in c.accepted_per_step) > 1
+
+
+def test_the_runner_changes_between_lag_and_none_while_sequences_run(llama):
+    """A request for log-probabilities comes while others are one step ahead of the host, and leaves before them."""
+    replies = []
+    for engine in pair(llama):
+        engine.add(PROMPTS[0], params(max_tokens=14, temperature=0.6), request_id="long")
+        done = {}
+        for step in range(100):
+            if step == 2:
+                engine.add(PROMPTS[2], params(max_tokens=3, logprobs=1), request_id="asking")
+            for output in engine.step():
+                if output.finished:
+                    done[output.request_id] = output.finished
+            if step >= 2 and not engine.has_unfinished():
+                break
+        replies.append({name: (c.token_ids, c.accepted_per_step) for name, c in done.items()})
+    assert replies[0] == replies[1]
+    assert replies[0].keys() == {"long", "asking"}
+
+
+def test_preempted_sequences_go_on_where_they_were(llama):
+    engines = pair(llama, kv_cache_gb=gigabytes(llama, 4), max_prefill_tokens=70)
+    prompts = random_prompts([51, 49, 3], vocab=VOCAB, seed=1)
+    completions = assert_equal_runs(engines, prompts, params(max_tokens=13, temperature=0.8), TREES[8])
+    assert all(engine.stats().preemptions > 0 for engine in engines)
+    assert [len(c.token_ids) for c in completions] == [13] * 3
+
+
+def test_a_reply_that_fills_the_context(llama):
+    engines = pair(llama, max_model_len=24)
+    completions = assert_equal_runs(engines, PROMPTS[3:5], params(max_tokens=50, temperature=0.5))
+    assert [len(c.prompt_token_ids) + len(c.token_ids) for c in completions] == [24, 24]
+
+
+@pytest.mark.parametrize("root", ["greedy", "sampled"])
+def test_a_typical_engine_and_requests_that_ask_it_for_exact_acceptance(llama, root):
+    engines = pair(llama, acceptance=Typical(epsilon=0.02, delta=0.3, root=root))
+    lossy = params(temperature=1.0, max_tokens=4)
+    exact = dataclasses.replace(lossy, acceptance="exact")
+    completions = assert_equal_runs(engines, PROMPTS[:4], [exact, lossy, params(max_tokens=2), exact])
+    plain = pair(llama)[0].generate(PROMPTS[:4], lossy)
+    assert [completions[i].token_ids for i in (0, 3)] == [plain[i].token_ids for i in (0, 3)]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "phi3"])
+def test_families_that_run_by_their_own_modules(make_backbone_dir, family):
+    path = make_backbone_dir(family, vocab=VOCAB, tie_word_embeddings=False)
+    completions = assert_equal_runs(pair(path), PROMPTS[:3], [params(), params(temperature=0.8), params(max_tokens=2)])
+    assert sum(len(c.token_ids) for c in completions) == 2 * LENGTH + 2
+
+
+def test_every_batch_of_trees_has_a_step_that_holds_it(llama):
+    """Sizes are rounded up, however odd the batch and however many the nodes."""
+    engine = build(GraphEngine, llama, max_batch_size=5)
+    for batch in range(1, 6):
+        for nodes in range(1, 65):
+            shape = engine._runner._shape([nodes] * batch, True)
+            assert batch <= shape.batch <= 5
+            assert batch * nodes <= shape.nodes < 2 * shape.batch * shape.max_nodes
+            assert nodes <= shape.max_nodes <= 64
+            assert engine._runner._step.logits(shape).shape == (shape.nodes, VOCAB)

@@ -1,0 +1,25 @@
+"""Runs the GPU's decoder and runner in Triton's interpreter, in a process of its own (see conftest.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.medusa.interpreter import files_of, interpreted, needs_triton, run_folder
+
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_folder(FOLDER, tmp_path_factory.mktemp("interpreted") / "report.xml", interpreted())
+
+
+@needs_triton
+@pytest.mark.parametrize("file", files_of(FOLDER))
+def test_the_gpus_engine_in_the_interpreter(results, file):
+    counts, output = results
+    passed, failed = counts[file]
+    assert failed == 0, output
+    assert passed > 0, output

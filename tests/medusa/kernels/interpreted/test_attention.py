@@ -1,0 +1,158 @@
+"""Attention over pages equals the plain tree attention, or a softmax written out; free pages hold NaN."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from medusa.kernels.attention import MERGING_ROWS, attend
+from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
+from medusa.kernels.tree_attention import PagedTree
+
+CPU = torch.device("cpu")
+PAGE_SIZE, WIDTH = 16, 8
+NAN = float("nan")
+
+
+class Batch:
+    """Random rows of a cache, trees (or chains) behind them, and queries, keys and values of the nodes."""
+
+    def __init__(self, seed, counts, *, heads, groups, size, room=64, chain=False):
+        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.counts, self.chain, self.heads, self.size = counts, chain, heads, size
+        num_rows, total = len(counts) + 2, sum(counts) + 3
+        self.rows = rng.sample(range(num_rows - 1), len(counts))
+        self.length = torch.tensor([rng.choice([0, 1, 5, 17, 30, 33]) for _ in range(num_rows - 1)] + [0])
+        pages = 1 + torch.randperm(num_rows * WIDTH, generator=generator)
+        self.tables = pages.view(num_rows, WIDTH).int()
+        self.depth = torch.zeros(num_rows, room, dtype=torch.int32)
+        self.ancestors = torch.eye(room, dtype=torch.bool).repeat(num_rows, 1, 1)
+        for row in range(num_rows):
+            for node in range(1, room):
+                parent = node - 1 if chain else rng.randrange(node)
+                self.depth[row, node] = self.depth[row, parent] + 1
+                self.ancestors[row, node] |= self.ancestors[row, parent]
+        bit = torch.ones(64, dtype=torch.int64) << torch.arange(64)
+        self.bits = (self.ancestors.view(num_rows, room, room // 64, 64).long() * bit).sum(-1)
+        self.query = torch.randn(total, heads, size, generator=generator)
+        self.cache = torch.full((2, num_rows * WIDTH + 1, PAGE_SIZE, groups, size), NAN)
+        for row, count in zip(self.rows, counts, strict=True):
+            for position in range(int(self.length[row]) + count):
+                page = self.tables[row, position // PAGE_SIZE]
+                new = torch.randn(2, groups, size, generator=generator)
+                self.cache[:, page, position % PAGE_SIZE] = new
+
+    @property
+    def starts(self):
+        return [sum(self.counts[:b]) for b in range(len(self.counts))]
+
+    def run(self, splits, *, rows=16, columns=16, **options):
+        """The kernel's result; rows of no sequence must have been left alone."""
+        plan = AttentionPlan(splits=splits, rows=rows, columns=columns, max_nodes=max(self.counts))
+        visible = Visible(
+            *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),
+            self.length, self.tables, *((None, None) if self.chain else (self.bits, self.depth)),
+        )  # fmt: skip
+        room = splits * len(self.query)
+        scratch = Scratch(
+            torch.full((room, self.heads, self.size), NAN), torch.full((room, self.heads), NAN),
+            torch.zeros(4096, dtype=torch.int32),
+        )  # fmt: skip
+        out = torch.full_like(self.query, NAN)
+        attend(self.query, self.cache, visible, plan, out, scratch, 0.3, **options)
+        assert scratch.arrived.eq(0).all()
+        assert out[sum(self.counts) :].isnan().all()
+        return out
+
+    def expected(self, window=None, softcap=None):
+        """The plain twin's, one sequence at a time: it writes the same keys and values where they are already."""
+        out = torch.full_like(self.query, NAN)
+        for row, count, start in zip(self.rows, self.counts, self.starts, strict=True):
+            if count:
+                out[start : start + count] = self._one(row, slice(start, start + count), window, softcap)
+        return out
+
+    def _one(self, row, nodes, window, softcap):
+        count, length = nodes.stop - nodes.start, int(self.length[row])
+        step = PagedTree(
+            self.cache[None].clone(), self.tables[None, row].long(), self.length[None, row],
+            self.depth[None, row, :count].long(), torch.ones(1, count, dtype=torch.bool),
+            self.ancestors[None, row, :count, :count],
+        )  # fmt: skip
+        position = torch.arange(length, length + count)
+        new = self.cache[:, self.tables[row, position // PAGE_SIZE].long(), position % PAGE_SIZE].transpose(1, 2)
+        query = self.query[None, nodes].transpose(1, 2)
+        return step.attend(0, query, new[None, 0], new[None, 1], 0.3, window, softcap)[0]
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(
+    ("counts", "shape"),
+    [
+        ([24, 0, 7, 1], dict(heads=4, groups=2, size=16)),
+        ([1, 1, 1], dict(heads=6, groups=1, size=16)),
+        ([70, 3], dict(heads=2, groups=2, size=16, room=128)),
+        ([9, 20], dict(heads=4, groups=2, size=24)),
+        ([40, 0, 5], dict(heads=4, groups=1, size=16, chain=True)),
+    ],
+)
+def test_equals_plain_tree_attention(counts, shape, splits):
+    batch = Batch(len(counts), counts, **shape)
+    torch.testing.assert_close(batch.run(splits), batch.expected(), atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("window", [1, 9])
+def test_windows_count_depth_not_slots(window, chain):
+    batch = Batch(5, [24, 3], heads=4, groups=2, size=16, chain=chain)
+    expected = batch.expected(window)
+    for splits in (1, 2):
+        torch.testing.assert_close(batch.run(splits, window=window), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert not torch.allclose(expected[:27], batch.expected()[:27], atol=1e-2)
+
+
+def test_scores_are_capped():
+    batch = Batch(6, [12, 20], heads=4, groups=2, size=16)
+    out = batch.run(2, softcap=1.5, window=30)
+    torch.testing.assert_close(out, batch.expected(30, 1.5), atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert not torch.allclose(out[:32], batch.expected(30)[:32], atol=1e-2)
+
+
+def test_tiles_of_any_size_and_strided_queries():
+    batch = Batch(7, [30, 2, 11], heads=4, groups=2, size=16)
+    expected = batch.expected()
+    wide = torch.full((len(batch.query), 9, 16), NAN)
+    wide[:, :4] = batch.query
+    batch.query = wide[:, :4]
+    for rows, columns in [(32, 16), (64, 64), (16, 32)]:
+        torch.testing.assert_close(batch.run(2, rows=rows, columns=columns)[:43], expected[:43], atol=1e-5, rtol=1e-5)
+
+
+def test_plans_stay_within_their_scratch():
+    """For all sizes of steps that an engine has: 7B to 70B models, GPUs of 84 to 148 processors."""
+    for heads, groups in [(32, 32), (32, 8), (52, 52), (64, 8), (28, 4), (8, 1), (4, 2)]:
+        for processors in (4, 84, 108, 132, 148):
+            scratch = Scratch.of(heads=heads, size=1, processors=processors, device=torch.device("meta"))
+            for batch in (1, 2, 3, 7, 12, 64, 256):
+                for max_nodes in (1, 4, 16, 64, 128, 512, 1024):
+                    for num_nodes in {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}:
+                        plan = AttentionPlan.of(
+                            batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, group=heads // groups,
+                            num_kv_heads=groups, processors=processors,
+                        )  # fmt: skip
+                        tiles = -(-max_nodes * heads // groups // plan.rows)
+                        if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
+                            assert plan.splits * num_nodes <= len(scratch.part)
+                            assert plan.rows > MERGING_ROWS or batch * tiles * groups <= len(scratch.arrived)
+
+
+def test_too_little_scratch_is_refused():
+    batch = Batch(8, [3], heads=2, groups=2, size=16)
+    scratch = Scratch(torch.empty(4, 2, 16), torch.empty(4, 2), torch.zeros(64, dtype=torch.int32))
+    row = torch.zeros(1, dtype=torch.int32)
+    visible = Visible(row, row, row + 3, batch.length, batch.tables, batch.bits, batch.depth)
+    plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=3)
+    with pytest.raises(ValueError, match="needs more scratch"):
+        attend(batch.query, batch.cache, visible, plan, torch.empty_like(batch.query), scratch, 0.3)
