@@ -5,6 +5,7 @@
 #   EXTRAS=dev,gpu                 the optional sets of pyproject.toml to install
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    another index to take the build of torch from
 #   ARGS="..."                     more arguments for pytest, `medusa demo` or `medusa serve`
+#   REQUIRE_SERVICES=1             a test whose service (PostgreSQL, Redis, kubectl, moto) is missing fails, not skips
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -16,6 +17,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 TORCH_INDEX ?=
 ARGS ?=
+REQUIRE_SERVICES ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
@@ -31,6 +33,7 @@ test test-all demo: export TOKENIZERS_PARALLELISM := false
 test test-all demo: export MLFLOW_DISABLE_TELEMETRY := true
 test test-all demo: export DO_NOT_TRACK := true
 test test-all demo: export AWS_EC2_METADATA_DISABLED := true
+test test-all: export REQUIRE_SERVICES := $(REQUIRE_SERVICES)
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 18

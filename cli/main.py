@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cli import bench, export, pipeline, plan, registry, serving
+from cli import bench, export, pipeline, plan, registry, rollout, serving
 from cli.demo import demo
+from deployments.kubernetes import KubernetesError
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
 from medusa.model import ModelNotFoundError, UnsupportedModelError
@@ -49,6 +50,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (ReportError, FAILED),
     (DamagedStepError, FAILED),
     (RegistryError, FAILED),
+    (KubernetesError, FAILED),
 )
 
 app = typer.Typer(
@@ -63,6 +65,7 @@ registry.add_commands(app)
 serving.add_commands(app)
 export.add_commands(app)
 plan.add_commands(app)
+rollout.add_commands(app)
 app.add_typer(bench.app, name="bench")
 app.command()(demo)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,8 @@ def run(
 def _run(config: Path, overrides: list[str] | None, first: Step, last: Step) -> None:
     pipeline = load_pipeline(config, overrides or [])
     console = Console()
+    if not console.is_terminal:  # a scheduled run: its summary belongs into the log
+        logging.getLogger("pipelines.summary").setLevel(logging.INFO)
     with ray_cluster():
         outputs = run_pipeline(pipeline, first=first, last=last, console=console)
     console.print(_table(outputs))

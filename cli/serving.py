@@ -37,10 +37,10 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_batch_size: int = 16,
+    quantization: Quantize = None,
     max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
     api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
-    quantization: Quantize = None,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="One process, no Ray Serve.")] = False,
     new_api_key: Annotated[bool, typer.Option("--new-api-key", help="Draw a key, print it and its hash.")] = False,
 ) -> None:
@@ -63,10 +63,10 @@ def serve(
         heads_digest=served.digest,
         speculation=parse_speculation(speculation),
         max_batch_size=max_batch_size,
+        quantization=_quantization(quantization),
         max_queued_requests=max_queued,
         api_key_file=api_key_file,
         log_requests=log_requests,
-        quantization=_quantization(quantization),
         host=host,
         port=port,
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from deployments.auth import check_hashes, read_hashes
+from deployments.sampling_log import SamplingConfig
 from medusa import Typical
 from medusa.config import ConfigError, strict
 from medusa.quantization import Quantization
@@ -74,6 +75,7 @@ class ServerConfig:
     api_key_hashes: list[str] = field(default_factory=list)  # the same in the configuration
     tool_notation: Literal["hermes"] | None = None  # how this model writes calls of tools; None: they stay text
     merge_chunks_s: float = 0.02  # under load the chunks of a stream wait so long for more; 0 sends each at once
+    sampling: SamplingConfig | None = None  # keeps a share of the prompts, with the users' consent; None keeps nothing
     log_requests: bool = False  # a JSON line for every request, not only for those that fail or are refused
     # the deployment
     host: str = "127.0.0.1"

@@ -74,7 +74,7 @@ def serve_without_ray(config: ServerConfig) -> None:
                 timeout_graceful_shutdown=int(config.graceful_shutdown_timeout_s),
             )
     finally:
-        service.engine.close()
+        service.close()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from deployments.config import HeadsConfig, ServerConfig
 from deployments.handover import Pace
 from deployments.heads_slot import HeadsSlot, verified
 from deployments.metrics import Metrics, RayMirror
+from deployments.sampling_log import SampleRequests, SamplingLog
 from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import to_dict, validate
@@ -39,11 +40,17 @@ PROXY_QUEUE = 1000
 
 @dataclass(frozen=True)
 class LoadedService:
-    """A running engine, the API over it, and the slot that takes new heads."""
+    """A running engine, the API over it, the slot that takes new heads, and what keeps prompts, where asked for."""
 
     engine: AsyncEngine
     api: FastAPI
     heads: HeadsSlot
+    samples: SamplingLog | None = None
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.samples is not None:
+            self.samples.close()
 
 
 def load_service(config: ServerConfig, *, replica: str = "local", send_request_id: bool = True) -> LoadedService:
@@ -80,7 +87,10 @@ def load_service(config: ServerConfig, *, replica: str = "local", send_request_i
         api_key_hashes=config.all_key_hashes(),
         send_request_id=send_request_id,
     )
-    return LoadedService(running, api, HeadsSlot(running, engine.backbone))
+    samples = SamplingLog(config.sampling, replica) if config.sampling else None
+    if samples is not None:
+        api.add_middleware(SampleRequests, log=samples)
+    return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples)
 
 
 @serve.deployment
@@ -126,7 +136,7 @@ class MedusaServer:
     def __del__(self) -> None:
         if getattr(self, "_service", None) is not None:
             self._mirror.close()
-            self._service.engine.close()
+            self._service.close()
 
 
 class LateApp:

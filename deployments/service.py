@@ -258,15 +258,21 @@ class Service:
             )
 
     def _head(self, prefix: str, request: Request, heads: HeadsVersion) -> Head:
-        digest = heads.digest or self.settings.served.get("backbone_digest") or ""
-        named = ("medusa", digest.removeprefix("sha256:")[:12], self.settings.served.get("quantization"))
+        digest = heads.digest or self.settings.served.get("backbone_digest")
         return Head(
             reply_id=f"{prefix}-{request.state.request_id}",
             created=int(time.time()),
             model=self.settings.model_name,
-            fingerprint="-".join(filter(None, named)) if digest else None,
+            fingerprint=self._fingerprint(digest),
             texts=self._texts,
         )
+
+    def _fingerprint(self, digest: str | None) -> str | None:
+        """Names what decides the tokens: the weights, and how they are held."""
+        if digest is None:
+            return None
+        quantization = self.settings.served.get("quantization")
+        return "-".join(filter(None, (f"medusa-{digest.removeprefix('sha256:')[:12]}", quantization)))
 
 
 async def _collect(stream: Stream, tally: Tally, n: int) -> list[Completion]:

@@ -9,7 +9,8 @@ done, whoever did it. An incomplete folder is kept as it is and resumed.
         ...                                   # write files below step_dir.path
         return step_dir.commit({"counts": {"written": 800}}, outputs=["table"])
 
-What a step needs from storage is small and stands in two places: a lease (pipelines/lease.py) and `_publish`.
+What a step needs from storage is small: a lease (registry/lease.py) and `_publish`. Within `mirrored_to` an object
+store is the truth, and the folder here its scratch copy (pipelines/mirror.py).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from medusa.config import canonical_json
-from pipelines.lease import DEFAULT_TTL_S, Lease, LeaseHeldError, LeaseLostError, TryAgain
+from pipelines.mirror import Mirror
+from registry.lease import DEFAULT_TTL_S, Lease, LeaseHeldError, LeaseLostError, TryAgain
+from registry.object_store import ObjectFolder
 
 __all__ = [
     "DamagedStepError",
@@ -37,6 +40,7 @@ __all__ = [
     "StepMissingError",
     "StepOutput",
     "TryAgain",
+    "mirrored_to",
     "only_complete_steps",
     "open_step",
     "read_output",
@@ -52,6 +56,7 @@ _INTERNAL = (
     ".",
 )  # beginnings of the names in a step folder that are no output
 _only_complete: ContextVar[bool] = ContextVar("only_complete", default=False)
+_store: ContextVar[ObjectFolder | None] = ContextVar("store", default=None)
 _OURS = ("step", "version", "key", "config", "inputs", "outputs", "created", "digest")
 
 
@@ -93,6 +98,7 @@ class StepDir:
     identity: dict[str, Any]
     manifest: dict[str, Any] | None = None
     lease: Lease | None = None
+    mirror: Mirror | None = None
 
     @property
     def complete(self) -> bool:
@@ -126,7 +132,9 @@ class StepDir:
         complete["digest"] = _digest(complete)
         lease = self._held()
         with lease.while_held():
-            _publish(self.path / MANIFEST, complete)
+            if self.mirror is not None:
+                self.mirror.publish(complete, _manifest_text(complete))
+            _publish(self.path / MANIFEST, _manifest_text(complete))
         self.manifest = complete
         return self.output
 
@@ -154,7 +162,10 @@ def open_step(
     key = step_key(step, version, config, inputs)
     path = Path(root) / step / key[:FOLDER_KEY_LENGTH]
     identity = _plain({"step": step, "version": version, "key": key, "config": config, "inputs": dict(inputs)})
-    step_dir = StepDir(step, key, path, identity, _read_manifest(path, key))
+    mirror = _mirror(step, path)
+    if mirror is not None:
+        mirror.fetch_complete()
+    step_dir = StepDir(step, key, path, identity, _read_manifest(path, key), mirror=mirror)
     if step_dir.complete:
         yield step_dir
         return
@@ -164,14 +175,42 @@ def open_step(
             f"`--from {step}` or without --from"
         )
     path.mkdir(parents=True, exist_ok=True)
-    lease = Lease(path, ttl_s=lease_ttl_s)
+    lease = Lease(path, ttl_s=lease_ttl_s) if mirror is None else mirror.lease(lease_ttl_s)
     lease.acquire()
     try:
+        if mirror is not None:
+            mirror.fetch_complete()
         step_dir.manifest = _read_manifest(path, key)  # the last holder may just have completed it
         step_dir.lease = None if step_dir.complete else lease
-        yield step_dir
+        with _kept_up_to_date(step_dir):
+            yield step_dir
     finally:
         lease.release()
+
+
+@contextmanager
+def _kept_up_to_date(step_dir: StepDir) -> Iterator[None]:
+    if step_dir.mirror is None or step_dir.complete:
+        yield
+        return
+    step_dir.mirror.fetch_work()
+    with step_dir.mirror.pushing():
+        yield
+
+
+@contextmanager
+def mirrored_to(store: ObjectFolder | None) -> Iterator[None]:
+    """Within this block steps are kept in `store`, below the same names as below `root`; None: only below `root`."""
+    token = _store.set(store)
+    try:
+        yield
+    finally:
+        _store.reset(token)
+
+
+def _mirror(step: str, path: Path) -> Mirror | None:
+    store = _store.get()
+    return None if store is None else Mirror(store.child(f"{step}/{path.name}"), path)
 
 
 @contextmanager
@@ -242,10 +281,14 @@ def _hash_to_disk(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _publish(path: Path, content: Mapping[str, Any]) -> None:
+def _manifest_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+
+
+def _publish(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True, ensure_ascii=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

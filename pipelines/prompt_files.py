@@ -16,6 +16,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "file_digest",
     "normalise",
     "read_prompts",
+    "sample_files",
 ]
 
 _BATCH_ROWS = 1024
@@ -69,6 +71,17 @@ def read_prompts(path: Path) -> tuple[list[Prompt], list[Rejected]]:
     if not prompts and not rejected:
         raise PromptError(f"{path} is empty; it must hold at least one prompt, for example {EXAMPLE}")
     return prompts, rejected
+
+
+def sample_files(folder: Path, days: int, today: date) -> list[Path]:
+    """The files that the service wrote (deployments/sampling_log.py) on the last `days` days before `today`.
+
+    Today's are left out: they still grow, and a run that is tried again later today must find the same prompts.
+    """
+    if not folder.is_dir():
+        raise PromptError(f"{folder}: no such folder of sampled prompts; it is `path` of the service's sampling")
+    wanted = [folder / f"day={(today - timedelta(days=back)).isoformat()}" for back in range(days, 0, -1)]
+    return [file for day in wanted for file in sorted(day.glob("[!.]*.parquet"))]
 
 
 def drop_duplicates(prompts: Iterable[Prompt]) -> tuple[list[Prompt], int]:

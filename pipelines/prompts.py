@@ -4,7 +4,8 @@ read.
 <step dir>/prompts.parquet    a row a conversation: id, turns (the user's, in order), system, category
 <step dir>/rejected.jsonl     the rows that could not be used, each with its file, line number and the reason
 
-The manifest counts input = written + rejected + duplicates + other_part + excluded + beyond_limit.
+The manifest counts input = written + rejected + duplicates + other_part + excluded + beyond_limit; `sampled` of those
+that were written are what users asked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import json
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -32,6 +34,7 @@ from pipelines.prompt_files import (
     file_digest,
     normalise,
     read_prompts,
+    sample_files,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
 
 STEP_VERSION = 1
 TABLE = "prompts.parquet"
+SAMPLED = "sampled"  # the category of what users asked
 REJECTED = "rejected.jsonl"
 SCHEMA = pa.schema(
     [
@@ -52,17 +56,33 @@ SCHEMA = pa.schema(
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """What users asked on the last `days` days before today (UTC), as the service sampled it; the newest `limit`."""
+
+    path: str
+    days: int = 7
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.days < 1 or (self.limit is not None and self.limit < 1):
+            raise ValueError(f"days and limit must be at least 1, got {self.days} and {self.limit}")
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class PromptsConfig:
-    """Where prompts come from (`path`, a file, folder or pattern, or `generator`) and which of them are taken.
+    """Where prompts come from (`path`, a file, folder or pattern, or `generator`; and `samples`) and which are taken.
 
     `heldout_fraction` of the rows, by a hash of their id alone, are the part "heldout", the others "train":
     two configs that differ in `part` share no id, whatever their seed and limit. Rows whose first turn stands
     in the prompt file `exclude` are left out. `limit` rows are then taken in an order drawn from `seed`; a
-    smaller limit is a prefix of a larger one.
+    smaller limit is a prefix of a larger one. `samples` come on top, with a limit of their own; the parts hold for them
+    too.
     """
 
     path: str | None = None
     generator: Literal["python-docs"] | None = None
+    samples: SamplesConfig | None = None
     part: Literal["all", "train", "heldout"] = "all"
     heldout_fraction: float = 0.0
     exclude: str | None = None
@@ -82,17 +102,21 @@ class PromptsConfig:
 
 def prepare_prompts(context: RunContext, config: PromptsConfig) -> StepOutput:
     """Runs the step, or answers with what an earlier run of it wrote."""
+    samples = _sample_files(config)
     with (
-        open_step(context.root, "prompts", STEP_VERSION, config, _input_digests(config)) as step,
+        open_step(context.root, "prompts", STEP_VERSION, config, _input_digests(config, samples)) as step,
         context.tracker.step(step) as log,
     ):
         if step.complete:
             return step.output
         rows, rejected = _read_source(config)
-        prompts, duplicates = drop_duplicates(rows)
+        sampled = _read_samples(samples)
+        prompts, duplicates = drop_duplicates([*rows, *sampled])
         chosen, left_out = select(prompts, config)
-        counts = {"input": len(rows) + len(rejected), "written": len(chosen), "rejected": len(rejected)}
+        counts = {"input": len(rows) + len(sampled) + len(rejected), "written": len(chosen), "rejected": len(rejected)}
         counts |= {"duplicates": duplicates, **left_out}
+        if config.samples is not None:
+            counts["sampled"] = sum(prompt.category == SAMPLED for prompt in chosen)
         if not chosen:
             raise PromptError(_nothing_left(config, counts, rejected))
         write_prompts(step.path / TABLE, chosen)
@@ -107,7 +131,9 @@ def select(prompts: Sequence[Prompt], config: PromptsConfig) -> tuple[list[Promp
     known = _first_turns(config.exclude)
     fresh = [prompt for prompt in part if prompt.turns[0].strip() not in known]
     order = sorted(fresh, key=lambda prompt: _digest(f"order {config.seed} {prompt.id}"))
-    chosen = order[: config.limit]
+    chosen = [prompt for prompt in order if prompt.category != SAMPLED][: config.limit]
+    newest_first = [prompt for prompt in reversed(fresh) if prompt.category == SAMPLED]
+    chosen += newest_first[: config.samples.limit if config.samples else None]
     left_out = {
         "other_part": len(prompts) - len(part),
         "excluded": len(part) - len(fresh),
@@ -146,11 +172,25 @@ def _read_source(config: PromptsConfig) -> tuple[list[Prompt], list[Rejected]]:
     return [normalise(row) for row in demo_rows()], []
 
 
-def _input_digests(config: PromptsConfig) -> dict[str, str]:
+def _sample_files(config: PromptsConfig) -> list[Path]:
+    if config.samples is None:
+        return []
+    return sample_files(Path(config.samples.path), config.samples.days, datetime.now(UTC).date())
+
+
+def _read_samples(files: Sequence[Path]) -> list[Prompt]:
+    """Each content once, in order of the days; the writers make no row that cannot be used."""
+    found = [replace(prompt, category=SAMPLED) for file in files for prompt in read_prompts(file)[0]]
+    return list({prompt.id: prompt for prompt in found}.values())
+
+
+def _input_digests(config: PromptsConfig, samples: Sequence[Path] = ()) -> dict[str, str]:
     """What the table depends on besides the config: its files' bytes, or the Python it asks about."""
     digests = {name: file_digest(Path(path)) for name in ("path", "exclude") if (path := getattr(config, name))}
     if config.generator is not None:
         digests["generator"] = f"{config.generator} {DEMO_PROMPTS_VERSION} on Python {platform.python_version()}"
+    if config.samples is not None:
+        digests["samples"] = hashlib.sha256("".join(file_digest(file) for file in samples).encode()).hexdigest()
     return digests
 
 

@@ -157,6 +157,7 @@ def _tags(meta: CheckpointMeta, summary: EvaluationSummary, evaluation: StepOutp
     return {
         "medusa.backbone.name": meta.backbone.name,
         "medusa.backbone.digest": meta.backbone.weights_digest,
+        "medusa.backbone.base_digest": (meta.adapter.base if meta.adapter else meta.backbone).weights_digest,
         "medusa.backbone.tokenizer_digest": meta.backbone.tokenizer_digest,
         "medusa.head_kind": meta.head_kind,
         "medusa.tree_size": summary.tree_size,

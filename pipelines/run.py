@@ -20,15 +20,17 @@ from medusa.model import Backbone
 from medusa.quantization import Quantization
 from pipelines import progress
 from pipelines.adopt import adopt
-from pipelines.artifact import StepOutput, only_complete_steps
+from pipelines.artifact import StepOutput, mirrored_to, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
 from pipelines.distill import CHAMPION, DistillConfig, distill
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
 from pipelines.quality import QualityConfig, measure_quality
 from pipelines.register import RegisterConfig, champion_folder, champion_for, register
+from pipelines.summary import RunSummary
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainConfig, train, trained_backbone
+from registry.object_store import ObjectFolder
 
 T = TypeVar("T")
 Step = Literal["prompts", "distill", "train", "calibrate", "evaluate", "register"]
@@ -61,10 +63,13 @@ class PipelineConfig:
     """One pipeline: `root` holds its steps' folders, everything else is the config of a step.
 
     `heads` is a checkpoint folder that the train step takes as it is instead of training (pipelines/adopt.py).
+    `store` is a folder of an object store (s3://bucket/prefix) that keeps the steps: `root` is then the scratch folder
+    beside it, which all of the run's processes must see.
     """
 
     name: str
     root: str = "runs"
+    store: str | None = None
     model: ModelConfig
     heads: str | None = None
     prompts: PromptsConfig
@@ -106,7 +111,8 @@ def load_pipeline(path: Path, overrides: Iterable[str] = ()) -> PipelineConfig:
 def run_pipeline(
     config: PipelineConfig, *, first: Step = "prompts", last: Step = "register", console: Console | None = None
 ) -> dict[Step, StepOutput]:
-    """Runs the steps up to `last` and returns their outputs. Ray must be initialised.
+    """Runs the steps up to `last`, posts a summary however that ends, and returns their outputs. Ray must be
+    initialised.
 
     Steps before `first` must be complete already: StepMissingError names the one that is not.
     """
@@ -115,13 +121,16 @@ def run_pipeline(
             "tracking.uri is null, and there is no registry without MLflow; set it, or end the run with `--to evaluate`"
         )
     root = Path(config.root).resolve()
-    with Tracker.open(config.tracking, root, config.name, config) as tracker:
+    store = ObjectFolder(config.store) if config.store else None
+    with mirrored_to(store), Tracker.open(config.tracking, root, config.name, config) as tracker:
         context = RunContext(root, config.model.located, tracker, console or Console())
-        outputs: dict[Step, StepOutput] = {}
-        for step in STEPS[: STEPS.index(last) + 1]:
-            required = STEPS.index(step) < STEPS.index(first)
-            with only_complete_steps() if required else nullcontext():
-                outputs[step] = _run_step(context, config, step, outputs)
+        summary = RunSummary(config.name)
+        with summary.told_to(tracker.pipeline):
+            outputs: dict[Step, StepOutput] = summary.outputs  # type: ignore[assignment]
+            for step in STEPS[: STEPS.index(last) + 1]:
+                required = STEPS.index(step) < STEPS.index(first)
+                with only_complete_steps() if required else nullcontext():
+                    outputs[step] = _run_step(context, config, step, outputs)
         return outputs
 
 

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 import yaml
+from mlflow import MlflowClient
 from typer.testing import CliRunner
 
 from cli.main import app
@@ -73,6 +75,17 @@ def test_the_demo_ends_with_a_lossless_registered_model_that_answered(demo_run: 
     assert "tokens a step" in output
     assert "<svg" in (folder / "runs" / "report.html").read_text()
     assert Registry(f"sqlite:///{folder / 'mlflow.db'}").champion("medusa-tiny").version == summary["model_version"]
+
+
+def test_mlflow_has_a_summary_of_the_run(demo_run: tuple[Path, Any, str]) -> None:
+    folder, summary, _ = demo_run
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("tiny")
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`medusa.pipeline` = 'tiny'")
+    assert run.data.tags["medusa.summary.outcome"] == "done"
+    assert run.data.tags["medusa.summary.version"] == f"models:/medusa-tiny/{summary['model_version']}"
+    posted = json.loads(mlflow.artifacts.load_text(f"{run.info.artifact_uri}/summary.json"))
+    assert set(posted["steps"]) == {"prompts", "distill", "train", "calibrate", "evaluate", "register"}
 
 
 def test_running_again_skips_every_step(demo_run: tuple[Path, Any, str]) -> None:

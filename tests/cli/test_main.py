@@ -11,10 +11,10 @@ import yaml
 from cli import main as command
 from medusa.config import ConfigError
 from pipelines.calibrate import CalibrateError
-from pipelines.lease import LeaseHeldError
 from pipelines.tracking import TrackingUnavailable
 from registry.connection import MlflowUnavailable
 from registry.gate import GateRefused
+from registry.lease import LeaseHeldError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEMO = ROOT / "pipelines" / "configs" / "demo.yaml"

@@ -23,7 +23,7 @@ from pipelines.artifact import (
     read_output,
     step_key,
 )
-from pipelines.lease import Lease
+from registry.lease import FileRecord, Lease
 
 
 @dataclass(frozen=True)
@@ -235,14 +235,14 @@ def test_the_loser_leaves_the_winners_lease_alone(tmp_path: Path):
 def test_of_many_that_find_an_expired_lease_one_wins(tmp_path: Path, monkeypatch):
     Lease(tmp_path).acquire()
     expire(tmp_path)
-    read = Lease._read
+    read = FileRecord.read
 
-    def read_slowly(self: Lease):
+    def read_slowly(self: FileRecord):
         holder = read(self)
         time.sleep(0.02)  # time for the others to read the same
         return holder
 
-    monkeypatch.setattr(Lease, "_read", read_slowly)
+    monkeypatch.setattr(FileRecord, "read", read_slowly)
     start, wins, refusals = threading.Barrier(8), [], []
 
     def contend() -> None:

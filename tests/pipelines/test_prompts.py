@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,16 @@ import pytest
 
 from medusa.config import ConfigError
 from pipelines.prompt_files import Prompt, PromptError, RowError, drop_duplicates, normalise, read_prompts
-from pipelines.prompts import PromptsConfig, load_prompts, part_of, prepare_prompts, select, write_prompts
+from pipelines.prompts import (
+    SCHEMA,
+    PromptsConfig,
+    SamplesConfig,
+    load_prompts,
+    part_of,
+    prepare_prompts,
+    select,
+    write_prompts,
+)
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -328,3 +338,51 @@ def test_heldout_chat_loses_the_prompts_that_training_has(shared_data: Path, tmp
     heldout, train = shared_data / "heldout_chat.jsonl", shared_data / "chat_train.jsonl.gz"
     output = prepare(tmp_path, path=str(heldout), exclude=str(train))
     assert output.manifest["counts"]["excluded"] == 5
+
+
+def sampled(folder: Path, days_ago: int, *turns: str) -> None:
+    day = folder / f"day={(datetime.now(UTC).date() - timedelta(days=days_ago)).isoformat()}"
+    day.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": Prompt("", (t,)).content_hash, "turns": [t], "system": None, "category": "sampled"} for t in turns]
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), day / f"r-{len(list(day.iterdir()))}.parquet")
+
+
+def test_sampled_requests_come_on_top_of_the_prompts_of_the_last_days(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", *({"prompt": f"q{n}"} for n in range(5)))
+    samples = tmp_path / "samples"
+    sampled(samples, 1, "new", "q1")
+    sampled(samples, 2, "older", "new")
+    sampled(samples, 9, "too old")
+    sampled(samples, 0, "today")
+    (samples / f"day={datetime.now(UTC).date() - timedelta(days=1)}" / ".x.parquet.partial").write_text("half")
+    output = prepare(tmp_path, path=str(path), limit=3, samples=SamplesConfig(path=str(samples), days=7))
+    prompts = load_prompts(output)
+    assert [p.turns[0] for p in prompts if p.category == "sampled"] == ["new", "older"]  # q1 is known
+    assert len(prompts) == 5
+    counts = output.manifest["counts"]
+    assert counts["sampled"] == 2
+    assert counts["input"] == counts["written"] + sum(
+        counts[name] for name in ("rejected", "duplicates", "other_part", "excluded", "beyond_limit")
+    )
+    newest = prepare(tmp_path, path=str(path), limit=3, samples=SamplesConfig(path=str(samples), limit=1))
+    assert [p.turns[0] for p in load_prompts(newest) if p.category == "sampled"] == ["new"]
+
+
+def test_new_samples_make_another_step_and_todays_do_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "q"})
+    samples = tmp_path / "samples"
+    samples.mkdir()
+    config = {"path": str(path), "samples": SamplesConfig(path=str(samples))}
+    first = prepare(tmp_path, **config)
+    sampled(samples, 0, "today")
+    assert prepare(tmp_path, **config).key == first.key
+    sampled(samples, 1, "yesterday")
+    assert prepare(tmp_path, **config).key != first.key
+
+
+def test_a_missing_folder_of_samples_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.jsonl", {"prompt": "q"})
+    with pytest.raises(PromptError, match="no such folder of sampled prompts"):
+        prepare(tmp_path, path=str(path), samples=SamplesConfig(path=str(tmp_path / "none")))
+    with pytest.raises(ValueError, match="days and limit must be at least 1"):
+        SamplesConfig(path="x", days=0)
