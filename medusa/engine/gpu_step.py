@@ -162,6 +162,7 @@ class GpuStep:
             batch_size=visible.rows_B.shape[0],
             num_nodes=drafts.num_nodes,
             max_nodes=max_nodes,
+            chain=visible.bits_RNW is None,
             group=self._group,
             num_kv_heads=self._cache.data.shape[-2],
             processors=self._processors,

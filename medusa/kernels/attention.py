@@ -315,6 +315,12 @@ def _attend(
                 _merge(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
 
 
+def registers(rows: int, group: int, pdl: bool) -> dict[str, int]:
+    """The launch option that lets small tiles have more registers than the assembler would give them by itself, where
+    those are too few: on chips before Hopper, and with grouped heads."""
+    return {} if rows > 32 or (pdl and group == 1) else {"maxnreg": 255}
+
+
 def attend(
     query_MHD: torch.Tensor,
     cache_layer: torch.Tensor,
@@ -364,7 +370,7 @@ def attend(
         BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=plan.warps, num_stages=plan.stages, **options(pdl),
+        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, pdl), **options(pdl),
     )  # fmt: skip
     if not whole and not merges:
         block = min(8, triton.next_power_of_2(heads))

@@ -29,24 +29,28 @@ class AttentionPlan:
 
     @classmethod
     def of(
-        cls, *, batch_size: int, num_nodes: int, max_nodes: int, group: int, num_kv_heads: int, processors: int
+        cls,
+        *,
+        batch_size: int,
+        num_nodes: int,
+        max_nodes: int,
+        chain: bool,
+        group: int,
+        num_kv_heads: int,
+        processors: int,
     ) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over.
+        """A plan that keeps the GPU's multiprocessors busy about twice over, for trees or for chains.
 
-        Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles.
+        Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
+        plan spills registers (64 rows would on an A100, where the launch rotates too; on an H200 they are no faster).
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
-        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
+        rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
         wanted = max(1, 2 * processors // (batch_size * num_kv_heads * triton.cdiv(packed, rows)))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+        columns, warps = (64, 4) if rows < MAX_ROWS else (32, 4) if splits == 1 else (64, 8)
         tree_columns = 16 if max_nodes <= 16 else 32
-        if rows < MAX_ROWS:
-            return cls(splits=splits, rows=rows, columns=64, max_nodes=max_nodes, tree_columns=tree_columns)
-        # 64 rows by 64 columns spill from the registers of 4 warps, and without splits from those of 8 too (sm_80).
-        columns, warps = (32, 4) if splits == 1 else (64, 8)
-        return cls(
-            splits=splits, rows=rows, columns=columns, max_nodes=max_nodes, tree_columns=tree_columns, warps=warps
-        )
+        return cls(splits, rows, columns, max_nodes, tree_columns, warps)
 
 
 @dataclass(frozen=True)

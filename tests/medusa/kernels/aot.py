@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
+import os
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import medusa.kernels
-from medusa.kernels.attention import AHEAD_SPLITS, MERGING_ROWS
+from medusa.kernels.attention import AHEAD_SPLITS, MERGING_ROWS, registers
 from medusa.kernels.attention_plan import AttentionPlan
 from medusa.kernels.matmul import Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
 from medusa.quantization import QuantizedWeight
@@ -152,18 +155,19 @@ def attentions() -> list[Case]:
         group = model.heads // model.groups
         for nodes in {batch * most, max(batch, batch * most // 8)}:
             plan = AttentionPlan.of(
-                batch_size=batch, num_nodes=nodes, max_nodes=most, group=group, num_kv_heads=model.groups,
-                processors=PROCESSORS[capability],
+                batch_size=batch, num_nodes=nodes, max_nodes=most, chain=most > 128, group=group,
+                num_kv_heads=model.groups, processors=PROCESSORS[capability],
             )  # fmt: skip
             for fresh in (False, True) if most <= 128 else (False,):
                 kind = (group, plan.rows, plan.columns, plan.tree_columns, plan.splits > 1, most > 128, fresh)
                 cases.setdefault(str(kind), _attention(model, plan, chain=most > 128, fresh=fresh))
-    window = replace(plan, splits=4)
+    sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
+    tree, chained = AttentionPlan.of(chain=False, **sizes), replace(plan, splits=4)
     return [
         *cases.values(),
-        _attention(MODELS[1], window, chain=False, fresh=True, window=True),
-        _attention(MODELS[1], window, chain=False, fresh=True, norm=True),
-        _attention(MODELS[0], window, chain=True, window=True, softcap=True),
+        _attention(MODELS[1], tree, chain=False, fresh=True, window=True),
+        _attention(MODELS[1], tree, chain=False, fresh=True, norm=True),
+        _attention(MODELS[0], chained, chain=True, window=True, softcap=True),
         *over(
             "attention._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
             H=[32, 52], D=128, BD=128, HB=8,
@@ -306,6 +310,8 @@ def kernels() -> dict[str, JITFunction]:
 def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
     """Shared memory, registers and spilled bytes of one compilation, the last two from ptxas."""
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.kernel == "attention._attend":
+        options |= registers(int(case.constants["BM"]), int(case.constants["GROUP"]), pdl)
     compiled = triton.compile(case.source(pdl), target=GPUTarget("cuda", capability, 32), options=options)
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -326,15 +332,37 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
     }
 
 
+def largest(cases: list[Case], count: int = 3) -> list[Case]:
+    """Of each kernel the cases with the largest blocks, which spill first."""
+
+    def size(case: Case) -> int:
+        return math.prod(v for k, v in case.constants.items() if k.startswith("B") and isinstance(v, int) and v > 0)
+
+    chosen: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=size, reverse=True):
+        chosen.setdefault(case.kernel, []).append(case)
+    return [case for of_kernel in chosen.values() for case in of_kernel[:count]]
+
+
+def compile_on_all(case: Case) -> list[dict[str, object]]:
+    """fp8 weights are refused on sm_80 by name (medusa/quantization.py)."""
+    capabilities = [90] if case.types.get("W") == "*fp8e4nv" else [80, 90]
+    return [compile_case(case, capability, pdl=capability == 90) for capability in capabilities]
+
+
 def main() -> None:
-    every = CASES + QUANTIZED_CASES
-    listed = {case.kernel for case in every}
-    print(json.dumps({"kernels": sorted(kernels()), "listed": sorted(listed)}))
-    for case in every if not sys.argv[1:] else [case for case in every if case.kernel in sys.argv[1:]]:
-        for capability, pdl in ((80, False), (90, True)):
-            if capability == 80 and case.types.get("W") == "*fp8e4nv":
-                continue  # refused there by name (medusa/quantization.py)
-            print(json.dumps(compile_case(case, capability, pdl)), flush=True)
+    """Prints the kernels and those listed, then every compilation; `--largest` compiles a few cases of each kernel, and
+    names of kernels only theirs."""
+    every, asked = CASES + QUANTIZED_CASES, sys.argv[1:]
+    print(json.dumps({"kernels": sorted(kernels()), "listed": sorted({case.kernel for case in every})}))
+    if asked == ["--largest"]:
+        every = largest(CASES) + largest(QUANTIZED_CASES)
+    elif asked:
+        every = [case for case in every if case.kernel in asked]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for compilations in pool.map(compile_on_all, every):
+            for compilation in compilations:
+                print(json.dumps(compilation), flush=True)
 
 
 if __name__ == "__main__":

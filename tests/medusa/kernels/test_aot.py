@@ -1,4 +1,7 @@
-"""Every kernel compiles for the A100 (sm_80) and Hopper (sm_90) without a GPU, fits and does not spill; see aot.py."""
+"""Every kernel compiles for the A100 (sm_80) and Hopper (sm_90) without a GPU, fits and does not spill; see aot.py.
+
+The fast set compiles the largest configurations of each kernel, the slow set all of them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,24 @@ import pytest
 ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = 163 * 1024  # what one block may have on sm_80; sm_90 has more
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.timeout(1800),
+]
 
 
-@pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
+@pytest.fixture(scope="module", params=["--largest", pytest.param("", marks=pytest.mark.slow, id="all")])
+def compilations(request, tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     script = Path(__file__).with_name("aot.py")
     run = subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, script, *filter(None, [request.param])],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr
     listing, *cases = map(json.loads, run.stdout.splitlines())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -137,10 +138,11 @@ def test_plans_stay_within_their_scratch():
             scratch = Scratch.of(heads=heads, size=1, processors=processors, device=torch.device("meta"))
             for batch in (1, 2, 3, 7, 12, 64, 256):
                 for max_nodes in (1, 4, 16, 64, 128, 512, 1024):
-                    for num_nodes in {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}:
+                    sizes = {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}
+                    for num_nodes, chain in itertools.product(sizes, (False, True)):
                         plan = AttentionPlan.of(
-                            batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, group=heads // groups,
-                            num_kv_heads=groups, processors=processors,
+                            batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, chain=chain,
+                            group=heads // groups, num_kv_heads=groups, processors=processors,
                         )  # fmt: skip
                         tiles = -(-max_nodes * heads // groups // plan.rows)
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
