@@ -125,11 +125,12 @@ class FusedDecoder:
         )  # fmt: skip
 
     def _attend(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
-        """A step's attention rotates and writes by itself; for a prompt's chains that is a launch of its own."""
+        """A step's attention rotates and writes by itself. For a prompt's chains, and where heads are normalised
+        before, that is a launch of its own."""
         visible, heads = nodes.visible, buffers.attended_MHD.shape[1]
-        if visible.bits_RNW is not None:
+        if visible.bits_RNW is not None and layer.head_norms is None:
             query_MHD = buffers.qkv_MHD
-            rotation = Rotation(nodes.position_M, self._cos, self._sin, layer.head_norms)
+            rotation = Rotation(nodes.position_M, self._cos, self._sin)
         else:
             query_MHD, rotation = buffers.qkv_MHD[:, :heads], None
             rope_write(

@@ -41,27 +41,18 @@ def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _turned(
-    rows, POSITION, COS, SIN, WEIGHT, eps, sc, inside, d, D: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr
-):
-    """Heads at the pointers `rows`, normalised if the model does, rotated by their positions, as the model rounds."""
+def _turned(rows, POSITION, COS, SIN, sc, inside, d, D: tl.constexpr, BD: tl.constexpr):
+    """Heads at the pointers `rows`, rotated by their positions, as the model rounds."""
     half: tl.constexpr = D // 2
     partner = tl.where(d < half, d + half, d - half)
     x = _load(rows[:, None] + d[None, :], inside, d, D, BD)
-    dtype = x.dtype
-    x = x.to(tl.float32)
-    y = _load(rows[:, None] + partner[None, :], inside, d, D, BD).to(tl.float32)
-    if NORM:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        weight_x = tl.load(WEIGHT + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        weight_y = tl.load(WEIGHT + partner, mask=d < D, other=0.0).to(tl.float32)[None, :]
-        x = ((x * scale).to(dtype).to(tl.float32) * weight_x).to(dtype).to(tl.float32)
-        y = ((y * scale).to(dtype).to(tl.float32) * weight_y).to(dtype).to(tl.float32)
+    y = _load(rows[:, None] + partner[None, :], inside, d, D, BD)
     position = tl.load(POSITION, mask=inside, other=0)
     angle = position[:, None] * sc + (d % half)[None, :]
     cos = _load(COS + angle, inside, d, D, BD).to(tl.float32)
     sin = _load(SIN + angle, inside, d, D, BD).to(tl.float32)
-    return (x * cos + tl.where((d < half)[None, :], -y, y) * sin).to(dtype)
+    turned = x.to(tl.float32) * cos + tl.where((d < half)[None, :], -y.to(tl.float32), y.to(tl.float32)) * sin
+    return turned.to(x.dtype)
 
 
 @triton.jit
@@ -171,13 +162,10 @@ def _attend(
     POSITION,
     COS,
     SIN,
-    QNORM,
-    KNORM,
     OUT,
     PART,
     LSE,
     ARRIVED,
-    eps,
     scaling,
     softcap,
     window,
@@ -208,7 +196,6 @@ def _attend(
     BT: tl.constexpr,
     CHAIN: tl.constexpr,
     FRESH: tl.constexpr,
-    NORM: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -250,7 +237,7 @@ def _attend(
     if tile * BM >= count * GROUP:
         return
     if FRESH:
-        q = _turned(Q + flat * sq_m + head * sq_h, POSITION + flat, COS, SIN, QNORM, eps, sc, live, d, D, BD, NORM)
+        q = _turned(Q + flat * sq_m + head * sq_h, POSITION + flat, COS, SIN, sc, live, d, D, BD)
     else:
         q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
     m = tl.full([BM], -1e30, tl.float32)
@@ -279,7 +266,7 @@ def _attend(
             if FRESH:
                 fresh = (start + j).to(tl.int64)
                 source = Q + fresh * sq_m + (H + head_kv) * sq_h
-                k = _turned(source, POSITION + fresh, COS, SIN, KNORM, eps, sc, inside, d, D, BD, NORM)
+                k = _turned(source, POSITION + fresh, COS, SIN, sc, inside, d, D, BD)
                 v = _load(source[:, None] + (H // GROUP) * sq_h + d[None, :], inside, d, D, BD)
                 mine = inside & (j >= tile * BM // GROUP)  # each tile writes its own nodes
                 _store(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)
@@ -348,7 +335,6 @@ def attend(
     heads = out_MHD.shape[1]
     if (rotation is not None) != (query_MHD.shape[1] > heads) or (rotation and visible.bits_RNW is None):
         raise ValueError(f"rotation goes with trees and [M, H + 2G, D], got {tuple(query_MHD.shape)}")
-    query_norm, key_norm, eps = (rotation and rotation.norms) or (None, None, 0.0)
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
@@ -361,14 +347,14 @@ def attend(
     angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
-        visible.bits_RNW, visible.depth_RN, *angles, query_norm, key_norm, out_MHD, scratch.part, scratch.lse,
-        scratch.arrived, eps, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
+        visible.bits_RNW, visible.depth_RN, *angles, out_MHD, scratch.part, scratch.lse,
+        scratch.arrived, scaling, softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1),
         out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits,
         tiles, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
         PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows,
         BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
-        NORM=query_norm is not None, WINDOW=window is not None, SOFTCAP=softcap is not None,
+        WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
         num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, pdl), **options(pdl),
     )  # fmt: skip

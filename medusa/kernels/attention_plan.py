@@ -55,13 +55,12 @@ class AttentionPlan:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How a step's queries and keys become what is attended to: angles by position (cos and sin, half a head each), the
-    nodes' positions, and RMSNorm weights of queries and keys with their epsilon, where the model has them."""
+    """How a step's queries and keys become what is attended to: the nodes' positions, and angles by position (cos and
+    sin, half a head each)."""
 
     position_M: torch.Tensor
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,6 @@ def attentions() -> list[Case]:
     return [
         *cases.values(),
         _attention(MODELS[1], tree, chain=False, fresh=True, window=True),
-        _attention(MODELS[1], tree, chain=False, fresh=True, norm=True),
         _attention(MODELS[0], chained, chain=True, window=True, softcap=True),
         *over(
             "attention._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
@@ -181,7 +180,6 @@ def _attention(
     *,
     chain: bool,
     fresh: bool = False,
-    norm: bool = False,
     window: bool = False,
     softcap: bool = False,
 ) -> Case:
@@ -189,13 +187,12 @@ def _attention(
     constants: dict[str, object] = {
         "H": model.heads, "GROUP": group, "D": model.head_size, "BD": model.head_size, "N": 1 if chain else 64, "W": 1,
         "PAGE": 64, "WHOLE": whole, "MERGES": plan.rows <= MERGING_ROWS, "AHEAD": plan.splits >= AHEAD_SPLITS,
-        "BM": plan.rows, "BN": plan.columns, "BT": plan.tree_columns, "CHAIN": chain, "FRESH": fresh, "NORM": norm,
+        "BM": plan.rows, "BN": plan.columns, "BT": plan.tree_columns, "CHAIN": chain, "FRESH": fresh,
         "WINDOW": window, "SOFTCAP": softcap, "PRECISION": "tf32",
     }  # fmt: skip
     absent = {"BITS", "DEPTH"} if chain else set()
     absent |= set() if fresh else {"POSITION", "COS", "SIN"}
-    absent |= set() if norm else {"QNORM", "KNORM"}
-    bf16 = ("Q", "KEYS", "VALUES", "OUT", "COS", "SIN", "QNORM", "KNORM")
+    bf16 = ("Q", "KEYS", "VALUES", "OUT", "COS", "SIN")
     types = dict.fromkeys(bf16, "*bf16") | {"PART": "*fp32", "LSE": "*fp32"}
     return Case("attention._attend", constants | dict.fromkeys(absent), types, plan.warps, plan.stages)
 
