@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.cluster import ray_cluster
+from cli.pipeline import Overrides
 from medusa.config import ConfigError
 from pipelines.artifact import StepOutput
 from pipelines.calibrate import CHECKPOINT, load_calibration
@@ -29,7 +30,7 @@ COMPLETION_PROMPT = "def fibonacci(n):\n"
 
 def demo(
     config: Annotated[Path, typer.Option(help="The pipeline's YAML file.")] = CONFIG,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", show_default=False)] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Distils, trains, calibrates, evaluates, registers, serves and asks, in minutes on two CPU cores.
 
