@@ -138,7 +138,7 @@ def _print(console: Console, summary: Mapping[str, Any], root: Path) -> None:
     if not summary["speculation_chosen"]:
         console.print(
             "Speculation does not pay on this machine: a tree step costs more here than its extra tokens are worth, "
-            "so the service decodes plainly. The tokens a step above are what a GPU would gain from."
+            "so the service decodes plainly. Tokens a step and speedup above are those of the best tree all the same."
         )
     console.print(f"report: {root / 'report.html'}   figures: {root / 'summary.json'}", highlight=False)
 
