@@ -10,13 +10,14 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from cli.cluster import ray_cluster
+from cli.pipeline import Overrides
 from pipelines.run import RunContext, load_pipeline, run_pipeline
 from pipelines.tracking import Tracker, TrackingConfig
 
 
 def distill(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", show_default=False)] = None,
+    overrides: Overrides = None,
     limit: Annotated[int, typer.Option(help="Prompts of the config to answer.")] = 512,
     repeats: Annotated[int, typer.Option(help="Pairs of runs.")] = 3,
     output: Annotated[Path, typer.Option(help="The folder for distill.json and distill.md.")] = Path("runs/bench"),

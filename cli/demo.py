@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.cluster import ray_cluster
+from cli.pipeline import Overrides
 from medusa.config import ConfigError
 from pipelines.artifact import StepOutput
 from pipelines.calibrate import CHECKPOINT, load_calibration
@@ -29,7 +30,7 @@ COMPLETION_PROMPT = "def fibonacci(n):\n"
 
 def demo(
     config: Annotated[Path, typer.Option(help="The pipeline's YAML file.")] = CONFIG,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", show_default=False)] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Distils, trains, calibrates, evaluates, registers, serves and asks, in minutes on two CPU cores.
 
@@ -137,7 +138,7 @@ def _print(console: Console, summary: Mapping[str, Any], root: Path) -> None:
     if not summary["speculation_chosen"]:
         console.print(
             "Speculation does not pay on this machine: a tree step costs more here than its extra tokens are worth, "
-            "so the service decodes plainly. The tokens a step above are what a GPU would gain from."
+            "so the service decodes plainly. Tokens a step and speedup above are those of the best tree all the same."
         )
     console.print(f"report: {root / 'report.html'}   figures: {root / 'summary.json'}", highlight=False)
 

@@ -54,7 +54,8 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 app = typer.Typer(
-    help="Make your own language model decode several tokens a step: distil, train, prove and serve Medusa heads.",
+    help="Makes your own language model decode several tokens a step: distils, trains, proves and serves its heads.\n\n"
+    "Examples: `medusa demo`, `medusa run CONFIG`, `medusa serve --model models/chat-8m`",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

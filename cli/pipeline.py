@@ -16,7 +16,8 @@ from pipelines.run import STEPS, Step, load_pipeline, run_pipeline
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to it, e.g. train.trainer.lr=1e-3.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Changes to it, e.g. train.trainer.lr=1e-3.", show_default=False),
 ]
 StepOption = Annotated[str, typer.Option(help=f"One of {', '.join(STEPS)}.")]
 

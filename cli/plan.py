@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cli.pipeline import Overrides
 from medusa.checkpoint import read_meta
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
@@ -32,8 +33,8 @@ WORDS: dict[Basis, str] = {
 GpuOption = Annotated[str, typer.Option(help="A kind of GPU in pipelines/plan/figures.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Everything that was computed, as JSON.")]
 plan_app = typer.Typer(
-    help="Computes memory, hours and GPUs from measured figures. Example: `medusa plan train CONFIG`, "
-    "`medusa plan serve MODEL`",
+    help="Computes memory, hours and GPUs, and says what each figure rests on. Examples: `medusa plan train CONFIG`, "
+    "`medusa plan serve MODEL --requests-per-second 40`",
     no_args_is_help=True,
 )
 
@@ -45,7 +46,7 @@ def add_commands(app: typer.Typer) -> None:
 @plan_app.command()
 def train(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The pipeline's YAML file.", show_default=False)],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", show_default=False)] = None,
+    overrides: Overrides = None,
     gpu: GpuOption = "h100-80gb",
     conversations: Annotated[int | None, typer.Option(help="Default: prompts.limit of the config.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Mean length of a conversation's prompts.")] = 200,

@@ -34,9 +34,9 @@ def serve(
     backbone: Backbone = None,
     tracking_uri: TrackingUri = None,
     speculation: Speculation = "auto",
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_batch_size: int = 16,
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
+    max_batch_size: Annotated[int, typer.Option(help="Replies decoded at once.")] = 16,
     quantization: Quantize = None,
     max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
     api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
@@ -92,8 +92,8 @@ def chat(
     backbone: Backbone = None,
     tracking_uri: TrackingUri = None,
     speculation: Speculation = "auto",
-    temperature: float = 0.0,
-    max_tokens: int = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
     quantization: Quantize = None,
 ) -> None:
     """Talks to the model in the terminal; what a step with accepted guesses added is green.

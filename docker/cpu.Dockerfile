@@ -32,7 +32,7 @@ COPY pipelines ./pipelines
 COPY deployments ./deployments
 COPY benchmarks ./benchmarks
 COPY cli ./cli
-RUN pip install --constraint constraints.txt ".[cluster]"
+RUN pip install --constraint constraints.txt ".[cluster,grammar]"
 COPY models ./models
 
 USER 1000:1000
