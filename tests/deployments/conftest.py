@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from deployments.async_engine import AsyncEngine
+from deployments.handover import Pace
 from medusa import EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
 from medusa.engine.sequence import Output, Sequence
@@ -139,7 +140,7 @@ def scripted(tokenizer: ChatTokenizer) -> ScriptedEngine:
 
 @pytest.fixture
 def async_engine(scripted: ScriptedEngine) -> Iterator[AsyncEngine]:
-    engine = AsyncEngine(scripted, max_queued=4)
+    engine = AsyncEngine(scripted, max_queued=4, pace=Pace(seconds=0.0))  # no chunk waits for another
     yield engine
     scripted.gate.set()
     engine.close()

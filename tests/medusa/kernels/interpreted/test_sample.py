@@ -91,6 +91,8 @@ def batch_of(state, rows):
         min_p=state.min_p_R[rows],
         seed=state.seed_R[rows],
         choice=state.choice_R[rows],
+        exact=state.exact_R[rows] != 0,
+        all_exact=False,
         all_greedy=False,
         any_restricted=True,
     )
