@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.measure import Interval, Row
 
-COLUMNS = ("contender", "T", "tokens/s", "end to end", "tokens a step", "step, ms", "nodes", "over plain", "of copy")
+COLUMNS = ("contender", "T", "tokens/s", "end to end", "tokens a step", "step, ms", "nodes", "over plain")
+COLUMNS += ("full batch", "of copy")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -56,19 +57,30 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
         requests = sorted({f"{row.requests} replies, {row.repeats} runs" for row in group})
         lines += [f"## {concurrency} at once ({'; '.join(requests)})", ""]
         lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(_cells(row, has_idle))} |" for row in group]
+        lines += [f"| {' | '.join(_cells(row, group, has_idle))} |" for row in group]
         lines.append("")
     lines += [
         "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
-        "includes the prefill. Steps are medians while all requests of a wave run. Of copy: the bytes that a step has",
-        "to read, over its time, as a share of the rate at which the device copies memory (read and write counted).",
+        "includes the prefill. Steps are medians while all requests of a wave run. A wave ends with its longest reply;",
+        "full batch is what the ratio to plain is while all run: tokens a step, times plain's step over this one.",
+        "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
+        "memory (read and write counted).",
         "",
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(row: Row, has_idle: bool) -> list[str]:
+def full_batch_ratio(row: Row, rows: Sequence[Row]) -> float | None:
+    """Speed over plain decoding while all requests of a wave run; None for what is not compared with plain."""
+    plain = [other for other in rows if other.contender == f"plain, T={row.temperature:g}"]
+    if row.ratio is None or not plain or not row.step_ms:
+        return None
+    return row.tokens_per_step * plain[0].step_ms / row.step_ms
+
+
+def _cells(row: Row, group: Sequence[Row], has_idle: bool) -> list[str]:
+    full = full_batch_ratio(row, group)
     cells = [
         row.contender,
         f"{row.temperature:g}",
@@ -78,6 +90,7 @@ def _cells(row: Row, has_idle: bool) -> list[str]:
         f"{row.step_ms:.2f}",
         f"{row.nodes:.1f}",
         _interval(row.ratio, 3) if row.ratio else "",
+        f"{full:.3f}" if full is not None else "",
         f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
     ]
     if has_idle:

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from benchmarks import hardware
 from benchmarks.contenders import EngineContender, HuggingFaceContender
 from benchmarks.decoding import DecodeBenchmark, DecodeConfig
-from benchmarks.measure import Interval, plan, rotated_runs, summarise
-from benchmarks.results import write_atomically
+from benchmarks.measure import Interval, Row, plan, rotated_runs, summarise
+from benchmarks.results import full_batch_ratio, markdown, write_atomically
 from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from cli.main import app
@@ -347,3 +347,17 @@ def test_the_script_needs_no_cluster_nor_tracking() -> None:
     script = [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--help"]
     shown = subprocess.run(script, cwd="/", check=True, timeout=120, capture_output=True, text=True)
     assert "--time-budget" in shown.stdout
+
+
+def test_the_full_batch_ratio_leaves_out_the_tails_of_waves() -> None:
+    speed = Interval(100.0, 99.0, 101.0)
+
+    def row(contender: str, temperature: float, tokens: float, step_ms: float, ratio: Interval | None) -> Row:
+        return Row(contender, temperature, 8, 8, 3, speed, speed, tokens, step_ms, 4.0, 1.0, ratio, ratio)
+
+    plain, hot = row("plain, T=0", 0.0, 1.0, 4.0, None), row("plain, T=1", 1.0, 1.0, 5.0, None)
+    medusa = row("medusa, T=1", 1.0, 1.5, 6.0, Interval(0.9, 0.9, 0.9))
+    assert full_batch_ratio(medusa, [plain, hot, medusa]) == pytest.approx(1.5 * 5 / 6)
+    assert full_batch_ratio(plain, [plain, hot]) is None
+    assert full_batch_ratio(medusa, [plain, medusa]) is None  # no plain decoding at its temperature
+    assert "| 1.250 |" in markdown({}, [plain, hot, medusa], [])
