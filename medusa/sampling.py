@@ -16,6 +16,8 @@ from medusa.grammar import Grammar
 from medusa.noise import gumbel
 
 MAX_SEED = 2**63 - 1
+MAX_INT = 2**31 - 1  # counts are 32-bit integers on the device
+MAX_TEMPERATURE = 1e6  # beyond it a draw is uniform anyway; float32 must hold it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +56,12 @@ class SamplingParams:
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(1 <= self.max_tokens <= MAX_INT, "max_tokens", self.max_tokens, f"1 to {MAX_INT}")
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "0 to max_tokens")
-        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 (greedy) or more")
+        hottest = f"0 (greedy) to {MAX_TEMPERATURE:g}"
+        _require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", self.temperature, hottest)
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 <= self.top_k <= MAX_INT, "top_k", self.top_k, f"0 (all tokens) to {MAX_INT}")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 to 1")
         _require(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", self.seed, "a 64-bit integer")
         _require(
