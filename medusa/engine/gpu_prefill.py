@@ -112,7 +112,7 @@ class Prefill:
         if guesses and self._step.heads is not None:
             self._step.guess(hidden_Ld, buffers.rows_B)
         else:
-            self._step.state.num_guessed_R[buffers.rows_B.long()] = 0
+            self._step.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)  # an assignment waits for the GPU
         emission = Emission.of(buffers.emitted, list(range(len(chunks))))
         return self._host_work.first_logprobs(sequences, wanted, logits_LV, emission)
 
