@@ -15,28 +15,28 @@ from medusa.kernels.state import Emitted
 
 @dataclass(frozen=True)
 class Emission:
-    """What a launch emits for each of `wanted` (indices of its sequences), copied to the host while it goes on."""
+    """What a launch emits for its first `count` sequences (padding follows), copied to the host while it goes on."""
 
     tokens_BD: torch.Tensor
     num_B: torch.Tensor
-    wanted: list[int]
+    count: int
     event: torch.cuda.Event | None
 
     @classmethod
-    def of(cls, emitted: Emitted, wanted: list[int]) -> Emission:
+    def of(cls, emitted: Emitted, count: int) -> Emission:
         if emitted.tokens_BD.device.type != "cuda":
-            return cls(emitted.tokens_BD.clone(), emitted.num_B.clone(), wanted, None)
+            return cls(emitted.tokens_BD.clone(), emitted.num_B.clone(), count, None)
         tokens_BD = torch.empty(emitted.tokens_BD.shape, dtype=torch.int64, pin_memory=True)
         num_B = torch.empty(emitted.num_B.shape, dtype=torch.int32, pin_memory=True)
         tokens_BD.copy_(emitted.tokens_BD, non_blocking=True)
         num_B.copy_(emitted.num_B, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        return cls(tokens_BD, num_B, wanted, event)
+        return cls(tokens_BD, num_B, count, event)
 
     def collect(self) -> list[StepTokens]:
         """Waits for the copy alone; later launches go on."""
         if self.event is not None:
             self.event.synchronize()
-        tokens, nums = self.tokens_BD.tolist(), self.num_B.tolist()
-        return [StepTokens(tokens[b][: nums[b]], []) for b in self.wanted]
+        emitted = zip(self.tokens_BD[: self.count].tolist(), self.num_B[: self.count].tolist(), strict=True)
+        return [StepTokens(tokens[:num], []) for tokens, num in emitted]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa.engine.emission import Emission
-from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
+from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers, rounded_up
 from medusa.engine.host_work import HostWork
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import TokenLogprob
@@ -113,7 +113,7 @@ class Prefill:
             self._step.guess(hidden_Ld, buffers.rows_B)
         else:
             self._step.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)  # an assignment waits for the GPU
-        emission = Emission.of(buffers.emitted, list(range(len(chunks))))
+        emission = Emission.of(buffers.emitted, len(chunks))
         return self._host_work.first_logprobs(sequences, wanted, logits_LV, emission)
 
     def _buffers_of(self, chunks: list[PrefillChunk]) -> StepBuffers:
@@ -166,5 +166,5 @@ class Prefill:
 def _padded(size: int) -> int:
     """The smallest power of two, from SMALLEST on, that holds so many; above 512 multiples of 512."""
     if size > 512:
-        return -(-size // 512) * 512
+        return rounded_up(size, 512)
     return max(SMALLEST, 1 << (size - 1).bit_length())

@@ -84,7 +84,7 @@ class GpuStep:
     ) -> None:
         device = backbone.device
         num_heads = checkpoint.config.num_heads if checkpoint else 1
-        room = -(-tree_nodes // TREE_ROOM) * TREE_ROOM
+        room = rounded_up(tree_nodes, TREE_ROOM)
         self.num_depths = num_heads + 1
         self.vocab_size = backbone.vocab_size
         self.state = RowState.empty(max_batch_size + 1, num_heads, guess_width, NUM_STOP_IDS, device)
@@ -217,6 +217,10 @@ class GpuStep:
         assert self.heads is not None
         self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS, self.logprob_RKS)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])
+
+
+def rounded_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _query_heads(backbone: Backbone) -> int:

@@ -17,7 +17,7 @@ from medusa.checkpoint import Checkpoint
 from medusa.decoding import Typical
 from medusa.engine.emission import Emission
 from medusa.engine.gpu_prefill import Prefill
-from medusa.engine.gpu_step import GpuStep, Shape
+from medusa.engine.gpu_step import TREE_ROOM, GpuStep, Shape, rounded_up
 from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, needs_host
 from medusa.engine.kv_cache import KVCache
@@ -35,7 +35,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 NODES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
 BUDGETS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of NODES, those that the policy chooses among
 MORE_NODES = 256  # beyond those in NODES, their number is rounded up to a multiple of this
-LARGEST_TREES = (1, 16, 64)  # what the largest tree of a step is rounded up to
+SMALL_TREE = 16  # the largest tree of a step is rounded up to this, or to a multiple of TREE_ROOM
 
 
 class GraphRunner:
@@ -90,7 +90,7 @@ class GraphRunner:
     @torch.inference_mode()
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
         """As StepRunner.prefill; if any heads are to guess, all do."""
-        self._with_host = self._with_host or any(needs_host(chunk.sequence) for chunk in chunks)
+        self._with_host |= any(chunk.is_last and needs_host(chunk.sequence) for chunk in chunks)
         return self._prefill.launch(chunks, guesses=num_heads > 0)
 
     @torch.inference_mode()
@@ -105,7 +105,7 @@ class GraphRunner:
         self._prepare(shape, "whole")
         self._upload(shape, rows, counts)
         self._graphs.run((shape, "whole"), lambda: self._whole(shape))
-        return Emission.of(self._step.buffers(shape).emitted, list(range(len(rows))))
+        return Emission.of(self._step.buffers(shape).emitted, len(rows))
 
     @torch.no_grad()
     def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
@@ -134,7 +134,7 @@ class GraphRunner:
         starts = [sum(counts[:b]) for b in range(len(counts))]
         changed_MV = self._host_work.change(sequences, trees, starts, logits_MV, buffers.drafts.tokens_M)
         self._step.decide(shape, hidden_Md, changed_MV)
-        emission = Emission.of(buffers.emitted, list(range(len(counts))))
+        emission = Emission.of(buffers.emitted, len(counts))
         return self._host_work.logprobs(sequences, starts, logits_MV, buffers.emitted.path_BD, emission)
 
     def _whole(self, shape: Shape) -> None:
@@ -152,8 +152,8 @@ class GraphRunner:
         batch = self.batches[bisect_left(self.batches, len(counts))]
         nodes = self.nodes[bisect_left(self.nodes, max(sum(counts), batch))]
         largest = max(counts)
-        rounded = next((size for size in LARGEST_TREES if size >= largest), largest)
-        return Shape(batch, nodes, rounded, guesses)
+        small = largest if largest == 1 else SMALL_TREE
+        return Shape(batch, nodes, small if largest <= SMALL_TREE else rounded_up(largest, TREE_ROOM), guesses)
 
     def _upload(self, shape: Shape, rows: list[int], counts: list[int]) -> None:
         """The step's sequences and their node counts; padding counts no nodes of the row that is nobody's."""

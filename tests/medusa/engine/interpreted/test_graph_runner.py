@@ -180,5 +180,22 @@ def test_every_batch_of_trees_has_a_step_that_holds_it(llama):
             shape = engine._runner._shape([nodes] * batch, True)
             assert batch <= shape.batch <= 5
             assert batch * nodes <= shape.nodes < 2 * shape.batch * shape.max_nodes
-            assert nodes <= shape.max_nodes <= 64
+            assert shape.max_nodes == next(size for size in (1, 16, 64) if size >= nodes)
             assert engine._runner._step.logits(shape).shape == (shape.nodes, VOCAB)
+
+
+def test_larger_trees_share_their_graphs(llama):
+    """Not one a size: each is captured while requests wait."""
+    engine = build(GraphEngine, llama, max_batch_size=2)
+    assert {engine._runner._shape([nodes, 1], True).max_nodes for nodes in range(65, 193)} == {128, 192}
+
+
+def test_the_host_lags_while_a_prompt_that_needs_it_is_read(llama):
+    """It is needed from the first token on: until then the others' steps are not waited for."""
+    engine = build(GraphEngine, llama, max_prefill_tokens=8)
+    lags = []
+    engine.add(PROMPTS[1], params(logprobs=1))  # 40 tokens
+    while engine.has_unfinished() and len(lags) < 6:
+        engine.step()
+        lags.append(engine._runner.lag)
+    assert lags == [1, 1, 1, 1, 0, 0]
