@@ -215,7 +215,11 @@ def _weight(linear: torch.nn.Linear | QuantizedLinear) -> Weight:
 def _joined_weights(linears: list[Any]) -> Weight:
     if not isinstance(linears[0], QuantizedLinear):
         return _joined([linear.weight for linear in linears])
-    whole = QuantizedWeight.joined([linear.quantized for linear in linears])
+    parts = [linear.quantized for linear in linears]
+    values, scale = _adjoining([part.values for part in parts]), _adjoining([part.scale for part in parts])
+    if values is not None and scale is not None:
+        return QuantizedWeight(values, scale)
+    whole = QuantizedWeight.joined(parts)
     sizes = [linear.out_features for linear in linears]
     for linear, values, scale in zip(linears, whole.values.split(sizes), whole.scale.split(sizes), strict=True):
         linear.quantized = QuantizedWeight(values, scale)
@@ -223,10 +227,24 @@ def _joined_weights(linears: list[Any]) -> Weight:
 
 
 def _joined(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    if (whole := _adjoining([parameter.data for parameter in parameters])) is not None:
+        return whole
     whole = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
     return whole
+
+
+def _adjoining(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The parts as one tensor, where an engine before this one has laid them out so: there may be no room for both."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            return None
+        end += part.nbytes
+    if end - first.data_ptr() + first.storage_offset() * first.itemsize > first.untyped_storage().nbytes():
+        return None  # neighbours by chance
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def _angles(rotary: Any, max_positions: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

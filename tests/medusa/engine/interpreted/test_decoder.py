@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from medusa.engine.decoder import FusedDecoder, ModuleDecoder, StepNodes, can_fuse
+from medusa.engine.decoder import FusedDecoder, ModuleDecoder, StepNodes, can_fuse, fuse
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.model import Backbone
+from medusa.quantized_linear import quantize_linears
 
 CPU = torch.device("cpu")
 PAGE_SIZE, PAGES, ROWS, PADDING, VOCAB = 16, 4, 4, 3, 97
@@ -126,3 +127,20 @@ def test_fusing_leaves_the_model_as_it_was():
     attention = backbone.model.base_model.layers[0].self_attn
     start = attention.q_proj.weight.untyped_storage().data_ptr()
     assert attention.v_proj.weight.untyped_storage().data_ptr() == start
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_model_that_was_fused_before_is_not_copied_again(quantization):
+    """As when heads of another shape come: memory that the cache has left is not enough for two."""
+    backbone = backbone_of("qwen2")
+    layer = backbone.model.base_model.layers[0]
+    if quantization:
+        quantize_linears(backbone.model.base_model, quantization, CPU)
+    first, second = fuse(layer), fuse(layer)
+    for name in ("qkv", "gate_up"):
+        before, after = getattr(first, name), getattr(second, name)
+        pairs = [(before.values, after.values), (before.scale, after.scale)] if quantization else [(before, after)]
+        for one, other in pairs:
+            assert one.data_ptr() == other.data_ptr()
+            assert torch.equal(one, other)
+    assert first.qkv_bias.data_ptr() == second.qkv_bias.data_ptr()
