@@ -108,6 +108,12 @@ class CheckpointMeta:
     trees: list[list[list[int]]] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        largest = max(self.trees, key=len, default=[])  # what an engine makes room for
+        growth = self.calibration.growth if self.calibration and self.trees else []
+        if strange := [path for path in growth if path not in largest]:
+            raise ValueError(f"growth lists {strange[:3]}, which the largest of the trees does not have")
+
     @classmethod
     def of(cls, heads: DraftHeads, backbone: BackboneRef, **others: Any) -> CheckpointMeta:
         """The meta data of these heads, with their kind and its schema version."""

@@ -273,14 +273,14 @@ class Engine:
         self.checkpoint, self.trees, self._grown, self._limits = checkpoint, trees, grown, limits
         try:
             speculation = self._make_speculation()
+            if not has_same_shape:
+                self._build_runner()
         except ValueError:
             self.checkpoint, self.trees, self._grown, self._limits = before
             raise
         if has_same_shape:
             heads = self._runner.take_heads(checkpoint.heads, grown.paths if grown else ())
             self.checkpoint = replace(checkpoint, heads=heads)
-        else:
-            self._build_runner()
         self._loop.speculation = speculation
 
     def measure_step_times(

@@ -12,7 +12,7 @@ from torch.nn import functional
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
-from medusa.kernels.topk import TopkScratch, topk
+from medusa.kernels.topk import MAX_WIDTH, TopkScratch, topk
 from medusa.model import Backbone
 
 
@@ -22,6 +22,11 @@ class GpuHeads:
     def __init__(self, heads: DraftHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
         if not isinstance(heads, MedusaHeads):
             raise TypeError(f"a GPU step guesses by Medusa heads, not by {type(heads).__name__}")
+        if width > MAX_WIDTH:
+            raise ValueError(
+                f"a tree takes guess {width - 1} of a head, but a GPU step has guesses 0 to {MAX_WIDTH - 1}; calibrate "
+                "narrower trees"
+            )
         config, device = heads.config, backbone.device
         self._heads, self._backbone = heads, backbone
         self._first_weight, self._first_bias = _joined_blocks(heads)

@@ -159,6 +159,14 @@ def test_calibration_refuses_paths_without_their_accuracy() -> None:
         Calibration(accuracy=ACCURACY, num_positions=9, growth=[[0]])
 
 
+def test_a_growth_beyond_the_largest_tree_is_refused() -> None:
+    """An engine makes room for the trees of the ladder; the policy takes those of the growth."""
+    calibration = Calibration(accuracy=ACCURACY, num_positions=9, growth=[[0], [1]], path_accuracy=[0.5, 0.2])
+    meta(calibration, [TokenTree.root(), TokenTree.from_paths([(0,), (1,)])])
+    with pytest.raises(ValueError, match=r"growth lists \[\[1\]\], which the largest of the trees does not have"):
+        meta(calibration, [TokenTree.from_paths([(0,), (0, 0), (0, 1)])])
+
+
 def test_fitted_gains_sum_to_what_was_measured_and_keep_the_last_scale_beyond() -> None:
     fitted = fit_gains([0.4, 0.2, 0.1, 0.1], {1: 1.0, 3: 1.3})
     assert fitted == pytest.approx([0.2, 0.1, 0.05, 0.05])

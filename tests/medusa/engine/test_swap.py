@@ -148,6 +148,20 @@ def test_heads_without_room_are_refused_and_the_old_ones_stay(tiny_llama, change
     assert_kept(engine, old, completions)
 
 
+def test_heads_that_no_runner_can_be_made_for_are_refused_and_the_old_ones_stay(tiny_llama, monkeypatch):
+    old = heads_of(tiny_llama, 1)
+    engine = engine_with(tiny_llama, old)
+    completions = run(engine)
+
+    def refuse(acceptance):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(engine, "_runner_of", refuse)
+    with pytest.raises(ValueError, match="no room"):
+        engine.swap_heads(heads_of(tiny_llama, 2, num_heads=3, trees=[TREES[8], TREES[16]]))
+    assert_kept(engine, old, completions)
+
+
 def test_an_engine_without_heads_takes_none(tiny_llama):
     with pytest.raises(ValueError, match="started without heads"):
         engine_with(tiny_llama, None, speculation="off").swap_heads(heads_of(tiny_llama, 1))

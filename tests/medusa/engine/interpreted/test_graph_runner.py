@@ -17,6 +17,7 @@ from medusa.decoding import Typical
 from medusa.engine.graph_runner import GraphRunner
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
+from medusa.tree import TokenTree
 from tests.medusa.engine.support import NUM_HEADS, TREES, checkpoint_of, gigabytes, random_prompts
 
 VOCAB = 300
@@ -199,3 +200,11 @@ def test_the_host_lags_while_a_prompt_that_needs_it_is_read(llama):
         engine.step()
         lags.append(engine._runner.lag)
     assert lags == [1, 1, 1, 1, 0, 0]
+
+
+def test_trees_wider_than_the_gpus_guesses_are_refused_at_the_start(llama):
+    backbone, _ = guessing(llama)
+    wide = TokenTree.from_paths([(rank,) for rank in range(33)])
+    made = checkpoint_of(backbone, trees=[wide])
+    with pytest.raises(ValueError, match="guess 32 of a head, but a GPU step has guesses 0 to 31"):
+        GraphEngine(backbone, ChatTokenizer.from_pretrained(llama), made, max_model_len=200, speculation="off")
