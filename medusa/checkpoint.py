@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from medusa.config import ConfigError, strict, to_dict, validate
 from medusa.digests import directory_digest
+from medusa.folders import to_disk, whole_folder
 from medusa.heads import DraftHeads, HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
@@ -156,24 +155,15 @@ def save_checkpoint(
         )
     if (adapter is None) != (meta.adapter is None):
         raise CheckpointError(f"the adapter's folder is {adapter}, but the meta data says {meta.adapter}")
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(directory) as folder:
         prefix = _key_prefix(meta)
         tensors = {prefix + name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(_loader_config(meta), indent=2) + "\n")
-        (partial / META).write_text(json.dumps(to_dict(meta), indent=2) + "\n")
-        (partial / "README.md").write_text(readme or _default_readme(meta))
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(_loader_config(meta), indent=2) + "\n")
+        (folder / META).write_text(json.dumps(to_dict(meta), indent=2) + "\n")
+        (folder / "README.md").write_text(readme or _default_readme(meta))
         if adapter is not None:
-            shutil.copytree(adapter, partial / ADAPTER)
-        for path in (*partial.rglob("*"), partial):
-            _fsync(path)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _fsync(directory.parent)
+            shutil.copytree(adapter, folder / ADAPTER)
 
 
 def load_checkpoint(directory: Path, backbone: Backbone | None = None) -> Checkpoint:
@@ -234,7 +224,7 @@ def update_meta(directory: Path, **changes: Any) -> CheckpointMeta:
     meta = dataclasses.replace(read_meta(directory), **changes)
     partial = directory / f".{META}.partial"
     partial.write_text(json.dumps(to_dict(meta), indent=2) + "\n")
-    _fsync(partial)
+    to_disk(partial)
     partial.rename(directory / META)
     return meta
 
@@ -317,11 +307,3 @@ def _default_readme(meta: CheckpointMeta) -> str:
         f"vocabulary. They guess tokens ahead for the backbone with weights\n`{meta.backbone.weights_digest}` "
         "and no other.\n"
     )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from medusa.checkpoint import Checkpoint, CheckpointMismatchError, load_checkpoint, read_meta
-from medusa.export.folders import whole_folder, write_json
 from medusa.export.layouts import REFERENCE_WEIGHTS, ExportError, Layout, reference_layout, tgi_layout, vllm_layout
 from medusa.export.merge import HEADS, export_merged
+from medusa.folders import whole_folder
 from medusa.model import Backbone, weights_digest
 
 Format = Literal["vllm", "tgi", "medusa", "transformers"]
@@ -44,6 +45,8 @@ def export_checkpoint(directory: Path, format: Format, output: Path, backbone: s
     directory = Path(directory)
     if format not in FORMATS:
         raise ExportError(f"{format!r} is no export format; it is one of {', '.join(FORMATS)}")
+    if output.exists():
+        raise ExportError(f"{output} already exists; nothing is overwritten, choose another folder")
     kind = read_meta(directory).head_kind
     if kind != HEAD_KIND and format != "transformers":
         raise ExportError(
@@ -73,7 +76,8 @@ def write_layout(folder: Path, layout: Layout) -> None:
         torch.save(layout.tensors, folder / layout.weights_file)
     else:
         save_file(layout.tensors, folder / layout.weights_file, metadata={"format": "pt"})
-    write_json(folder / "config.json", layout.config)
+    config = json.dumps(layout.config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
 
 
 def _layout(directory: Path, checkpoint: Checkpoint, format: Format, backbone: str | None) -> Layout:

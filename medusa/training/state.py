@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,29 +10,19 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from medusa.folders import whole_folder
+
 TENSORS = "state.safetensors"
 VALUES = "state.json"
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:
     """The folder appears by one rename; a folder that exists is an error."""
-    directory = Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} already exists; a saved state is not overwritten")
     tensors = _apart({key: value.cpu().contiguous() for key, value in state.items() if isinstance(value, Tensor)})
     values = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir(parents=True)
-    try:
-        save_file(tensors, partial / TENSORS)
-        (partial / VALUES).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-        for file in partial.iterdir():
-            _flush(file)
-        partial.rename(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _flush(directory.parent)
+    with whole_folder(directory) as folder:
+        save_file(tensors, folder / TENSORS)
+        (folder / VALUES).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -51,11 +38,3 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         apart[key] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     return apart
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -132,12 +132,15 @@ def test_config_json_agrees_wherever_another_loader_looks(vocabulary, tmp_path):
     assert config["original_lm_head"] is (vocabulary == "shared")
 
 
-@pytest.mark.parametrize("failing", ["save_file", "_loader_config", "_default_readme", "_fsync"])
+BREAKING = ("checkpoint.save_file", "checkpoint._loader_config", "checkpoint._default_readme", "folders.to_disk")
+
+
+@pytest.mark.parametrize("failing", BREAKING)
 def test_a_save_that_fails_leaves_nothing_behind(failing, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(f"medusa.checkpoint.{failing}", fail)
+    monkeypatch.setattr(f"medusa.{failing}", fail)
     with pytest.raises(OSError, match="disk full"):
         saved(tmp_path)
     assert list(tmp_path.iterdir()) == []

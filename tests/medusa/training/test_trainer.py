@@ -164,7 +164,7 @@ def test_state_holds_no_pickle_and_is_not_overwritten(backbone, tmp_path):
     run(trainer, steps=1)
     trainer.save_state(tmp_path / "state")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["state", "state.json", "state.safetensors"]
-    with pytest.raises(FileExistsError, match="not overwritten"):
+    with pytest.raises(FileExistsError, match="already exists"):
         trainer.save_state(tmp_path / "state")
 
 
