@@ -64,13 +64,10 @@ class Profiler:
         return StepTimes(best)
 
     def measure_buckets(self, buckets: Buckets, grown: GrownTree, *, repeats: int = 3) -> StepTimes:
-        """The shapes that the policy may choose, at a short and a long context, as far as rows and pages go; of batch
-        sizes the powers of two, others lie between."""
-        measurable = self.batch_sizes(max(CONTEXTS))
-        sizes = [size for size in buckets.batches if size in measurable]
-        sizes = sizes or list(buckets.batches[:1])
+        """The shapes that the policy may choose, at a short and a long context, as far as rows and pages go."""
+        most_rows = self._most_rows(max(CONTEXTS))
         steps = {}
-        for batch in sizes:
+        for batch in [size for size in buckets.batches if size <= most_rows] or buckets.batches[:1]:
             most = batch * grown.max_nodes
             totals = sorted({batch, *(min(total, most) for total in buckets.nodes if total > batch)})
             steps[batch] = [spread_evenly(grown, batch, total) for total in totals]
@@ -78,9 +75,12 @@ class Profiler:
 
     def batch_sizes(self, context: int = CONTEXT) -> list[int]:
         """1, 2, 4 and so on while the engine has rows and pages for them."""
+        return [2**power for power in range(self._most_rows(context).bit_length())] or [1]
+
+    def _most_rows(self, context: int) -> int:
+        """Sequences of that context, or the longest there can be, that the engine has room for at once."""
         context = min(context, self._limits.max_model_len - 1)
-        most = min(self._limits.max_batch_size, self._limits.num_pages // self._limits.pages_needed(context + 1))
-        return [2**power for power in range(most.bit_length())] or [1]
+        return min(self._limits.max_batch_size, self._limits.num_pages // self._limits.pages_needed(context + 1))
 
     def _start(self, batch_size: int, context: int) -> list[Sequence]:
         params = SamplingParams(max_tokens=1, temperature=0.0)

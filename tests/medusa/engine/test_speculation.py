@@ -184,14 +184,15 @@ def test_the_offline_walk_is_the_engine_step_by_step(tiny_llama, size):
 
 def test_a_runner_of_ragged_shapes_is_measured_on_them_and_given_ragged_trees(tiny_llama, monkeypatch):
     """Whatever the policy makes of the shapes, replies are plain decoding's."""
-    buckets = Buckets(nodes=(2, 4, 8, 16, 48, 300), batches=(1, 2, 4))
+    buckets = Buckets(nodes=(2, 4, 8, 16, 48, 300), batches=(1, 2, 4, 5))
     monkeypatch.setattr(Runner, "buckets", property(lambda self: buckets))
     monkeypatch.setattr("medusa.engine.profile.CONTEXTS", (20, 40))
-    engine = build_engine(tiny_llama, trees=[TREES[4], TREES[64]])
+    engine = build_engine(tiny_llama, trees=[TREES[4], TREES[64]], max_batch_size=5)
     prepared = Prepared(engine, random_prompts([6, 19, 40, 9], seed=35), greedy(max_tokens=30))
     engine.set_speculation("auto")
     measured = {(batch, total) for batch, total, _ in engine.step_times.seconds}
-    expected = {(b, b) for b in (1, 2, 4)} | {(b, n) for b in (1, 2, 4) for n in buckets.nodes if b < n < 64 * b}
+    sizes = buckets.batches
+    expected = {(b, b) for b in sizes} | {(b, n) for b in sizes for n in buckets.nodes if b < n < 64 * b}
     assert measured == expected | {(1, 64), (2, 128), (4, 256)}
     assert {context for _, _, context in engine.step_times.seconds} == {20, 40}
     cheap = StepTimes({shape: 1.0 + 0.001 * shape[1] for shape in engine.step_times.seconds})
