@@ -251,8 +251,6 @@ CASES: list[Case] = [
         )
     ),
     *over("compact._compact", types={"CACHE": "*bf16"}, D=9, BD=16, PAGE=64, SIZE=4096, BLOCK=512, num_warps=8),
-    *over("growth._grow", N=64, BN=64, BW=1, K=4, S=10, num_warps=1),
-    *over("growth._grow", N=192, BN=256, BW=4, K=4, S=10, num_warps=1),
     *products(),
     *attentions(),
     *small_kernels(),

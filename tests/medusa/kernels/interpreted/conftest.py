@@ -29,7 +29,6 @@ LAUNCHES = {
     "walk": ["walk", "walk_typical"],
     "compact": ["compact"],
     "topk": ["topk"],
-    "growth": ["grow_trees"],
     "attention": ["attend"],
     "matmul": ["matmul", "gated", "product"],
     "norm": ["add_norm"],
