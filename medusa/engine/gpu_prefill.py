@@ -13,9 +13,9 @@ import torch
 
 from medusa.engine.emission import Emission
 from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers, rounded_up
-from medusa.engine.host_work import HostWork
+from medusa.engine.host_work import HostWork, changes_logits
 from medusa.engine.logprobs import token_logprobs
-from medusa.engine.sequence import TokenLogprob
+from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
 from medusa.kernels.attention_plan import Visible
@@ -140,7 +140,7 @@ class Prefill:
         state, rows_L = self._step.state, buffers.rows_B.long()
         sequences = [chunk.sequence for chunk in chunks]
         params = [sequence.params for sequence in sequences]
-        stops = [sorted(sequence.stop_ids)[:NUM_STOP_IDS] for sequence in sequences]
+        stops = [_stop_ids(sequence) for sequence in sequences]
         columns: list[tuple[torch.Tensor, list[int]]] = [
             (state.length_R, [chunk.end - chunk.gives_token for chunk in chunks]),
             (state.root_R, [chunk.token_ids[-1] if chunk.next_token is None else chunk.next_token for chunk in chunks]),
@@ -161,6 +161,12 @@ class Prefill:
         state.temperature_R[rows_L], state.top_p_R[rows_L], state.min_p_R[rows_L] = floats_3L
         padded = [token for ids in stops for token in [*ids, *[-1] * (NUM_STOP_IDS - len(ids))]]
         state.stop_ids_RE[rows_L] = staged(padded, torch.int64, self._device).view(-1, NUM_STOP_IDS)
+
+
+def _stop_ids(sequence: Sequence) -> list[int]:
+    """Those that the GPU masks and ends at. None where the host changes logits: it masks them all itself, but for the
+    end of a grammar that comes before min_tokens, and cuts the reply before anything else is launched."""
+    return [] if changes_logits(sequence) else sorted(sequence.stop_ids)[:NUM_STOP_IDS]
 
 
 def _padded(size: int) -> int:

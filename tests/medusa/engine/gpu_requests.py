@@ -8,37 +8,25 @@ import os
 import pytest
 
 from medusa import Engine, Grammar, SamplingParams
-from medusa.engine.graph_runner import GraphRunner
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from tests.medusa.engine.support import random_prompts
 from tests.medusa.engine.test_swap import heads_of
 
 DEVICE = os.environ.get("MEDUSA_KERNEL_DEVICE", "cpu")
-PROMPTS = random_prompts([6, 25, 13], seed=3)
+PROMPTS = random_prompts([6, 25, 13, 4], seed=3)
 PARAMS = [
     SamplingParams(max_tokens=5, temperature=0.0, prompt_logprobs=2, ignore_eos=True),
     SamplingParams(max_tokens=8, temperature=0.9, seed=3, grammar=Grammar("regex", "[a-c ]{20}")),
     SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
+    SamplingParams(max_tokens=8, temperature=0.0, grammar=Grammar("regex", "ab"), min_tokens=6),  # it ends before
 ]
 
 
 class GpuEngine(Engine):
     """Takes the GPU's runner on any device."""
 
-    def _runner_of(self, acceptance):
-        limits = self._limits
-        return GraphRunner(
-            self.backbone,
-            self.checkpoint,
-            self._cache,
-            max_batch_size=limits.max_batch_size,
-            max_tree_nodes=limits.max_nodes,
-            max_prefill_tokens=limits.max_prefill_tokens,
-            max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
-            guess_width=limits.guess_width,
-            acceptance=acceptance,
-        )
+    _runner_of = Engine._graph_runner
 
 
 def engine_of(kind, path, device):
