@@ -42,7 +42,7 @@ def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _turned(rows, POSITION, COS, SIN, sc, inside, d, D: tl.constexpr, BD: tl.constexpr):
-    """Heads at the pointers `rows`, rotated by their positions, as the model rounds."""
+    """Heads at the pointers `rows`, rotated by their positions in float32 and rounded once."""
     half: tl.constexpr = D // 2
     partner = tl.where(d < half, d + half, d - half)
     x = _load(rows[:, None] + d[None, :], inside, d, D, BD)

@@ -132,6 +132,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterato
         yield Place(folder, ray, url, uri, tiny_llama, client.create_run(experiment).info.run_id)
 
 
+@pytest.mark.slow
 def test_versions_come_in_and_a_broken_one_goes_back_while_requests_are_answered(place: Place):
     plain = ask(place.url)["choices"][0]["text"]
     first = place.promote(make_heads(place.folder / "one", place.backbone, 1))
