@@ -22,8 +22,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 # torch first and alone: a layer of its own that changes seldom.
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt --index-url https://download.pytorch.org/whl/cpu \
-        --extra-index-url https://pypi.org/simple torch
+RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY medusa ./medusa
