@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import Interval, Row
 
 COLUMNS = ("contender", "T", "tokens/s", "end to end", "tokens a step", "step, ms", "nodes", "over plain")
-COLUMNS += ("full batch", "of copy")
+COLUMNS += ("by steps", "of copy")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -62,7 +62,7 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
     lines += [
         "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
         "includes the prefill. Steps are medians while all requests of a wave run. A wave ends with its longest reply;",
-        "full batch is what the ratio to plain is while all run: tokens a step, times plain's step over this one.",
+        "by steps is what the medians would give: tokens a step, times plain's step over this one.",
         "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
         "memory (read and write counted).",
         "",
@@ -71,8 +71,9 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def full_batch_ratio(row: Row, rows: Sequence[Row]) -> float | None:
-    """Speed over plain decoding while all requests of a wave run; None for what is not compared with plain."""
+def ratio_by_steps(row: Row, rows: Sequence[Row]) -> float | None:
+    """The speed over plain decoding that tokens a step and the median steps would give, without the tails of waves;
+    None for what is not compared with plain."""
     plain = [other for other in rows if other.contender == f"plain, T={row.temperature:g}"]
     if row.ratio is None or not plain or not row.step_ms:
         return None
@@ -80,7 +81,7 @@ def full_batch_ratio(row: Row, rows: Sequence[Row]) -> float | None:
 
 
 def _cells(row: Row, group: Sequence[Row], has_idle: bool) -> list[str]:
-    full = full_batch_ratio(row, group)
+    by_steps = ratio_by_steps(row, group)
     cells = [
         row.contender,
         f"{row.temperature:g}",
@@ -90,7 +91,7 @@ def _cells(row: Row, group: Sequence[Row], has_idle: bool) -> list[str]:
         f"{row.step_ms:.2f}",
         f"{row.nodes:.1f}",
         _interval(row.ratio, 3) if row.ratio else "",
-        f"{full:.3f}" if full is not None else "",
+        f"{by_steps:.3f}" if by_steps is not None else "",
         f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
     ]
     if has_idle:

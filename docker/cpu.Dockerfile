@@ -1,6 +1,9 @@
 # The image for CPUs: the service, the pipeline, `medusa rollout`, `medusa submit` and MLflow's server.
 #
-#   docker build -f docker/cpu.Dockerfile -t registry.example.com/medusa-on-ray-cpu:0.1.0 .
+#   docker build -f docker/cpu.Dockerfile -t registry.example.com/medusa-on-ray-cpu:0.1.0 \
+#     --build-arg TORCH_INDEX=INDEX .
+#
+# INDEX is where PyTorch offers its CPU builds (README.md names it); without it the image carries CUDA, several GB.
 #
 # The tag is part of a deployment's identity: never push another build under a tag that a cluster uses.
 FROM python:3.11-slim-bookworm
@@ -22,7 +25,8 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 # torch first and alone: a layer of its own that changes seldom.
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch
+ARG TORCH_INDEX
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 
 COPY pyproject.toml README.md LICENSE ./
 COPY medusa ./medusa

@@ -17,7 +17,7 @@ from benchmarks import hardware
 from benchmarks.contenders import EngineContender, HuggingFaceContender
 from benchmarks.decoding import DecodeBenchmark, DecodeConfig
 from benchmarks.measure import Interval, Row, plan, rotated_runs, summarise
-from benchmarks.results import full_batch_ratio, markdown, write_atomically
+from benchmarks.results import markdown, ratio_by_steps, write_atomically
 from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from cli.main import app
@@ -349,7 +349,7 @@ def test_the_script_needs_no_cluster_nor_tracking() -> None:
     assert "--time-budget" in shown.stdout
 
 
-def test_the_full_batch_ratio_leaves_out_the_tails_of_waves() -> None:
+def test_the_ratio_by_steps_leaves_out_the_tails_of_waves() -> None:
     speed = Interval(100.0, 99.0, 101.0)
 
     def row(contender: str, temperature: float, tokens: float, step_ms: float, ratio: Interval | None) -> Row:
@@ -357,7 +357,7 @@ def test_the_full_batch_ratio_leaves_out_the_tails_of_waves() -> None:
 
     plain, hot = row("plain, T=0", 0.0, 1.0, 4.0, None), row("plain, T=1", 1.0, 1.0, 5.0, None)
     medusa = row("medusa, T=1", 1.0, 1.5, 6.0, Interval(0.9, 0.9, 0.9))
-    assert full_batch_ratio(medusa, [plain, hot, medusa]) == pytest.approx(1.5 * 5 / 6)
-    assert full_batch_ratio(plain, [plain, hot]) is None
-    assert full_batch_ratio(medusa, [plain, medusa]) is None  # no plain decoding at its temperature
+    assert ratio_by_steps(medusa, [plain, hot, medusa]) == pytest.approx(1.5 * 5 / 6)
+    assert ratio_by_steps(plain, [plain, hot]) is None
+    assert ratio_by_steps(medusa, [plain, medusa]) is None  # no plain decoding at its temperature
     assert "| 1.250 |" in markdown({}, [plain, hot, medusa], [])
