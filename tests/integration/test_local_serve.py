@@ -167,7 +167,8 @@ def test_versions_come_in_and_a_broken_one_goes_back_while_requests_are_answered
     assert set(traffic.answers) == {plain}  # the heads change speed, never what is said
 
 
-def test_a_service_that_was_not_deployed_from_a_configuration_is_named(place: Place):
+def test_a_service_that_does_not_answer_is_named(place: Place):
+    place.promote(make_heads(place.folder / "four", place.backbone, 4))
     result = CliRunner().invoke(
         app,
         [
