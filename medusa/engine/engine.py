@@ -23,7 +23,8 @@ from medusa.engine.profile import CONTEXT, Profiler
 from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
-from medusa.engine.speculation import Adaptive, Always, Buckets, Policy, ladder_of
+from medusa.engine.shapes import Buckets
+from medusa.engine.speculation import Adaptive, Always, Policy, ladder_of
 from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa.engine.emission import Emission
-from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers, rounded_up
+from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
 from medusa.engine.host_work import HostWork, changes_logits
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence, TokenLogprob
+from medusa.engine.shapes import rounded_up
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
 from medusa.kernels.attention_plan import Visible

@@ -20,6 +20,7 @@ from medusa.decoding import Typical
 from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
 from medusa.engine.gpu_heads import GpuHeads
 from medusa.engine.kv_cache import KVCache
+from medusa.engine.shapes import TREE_ROOM, Shape, rounded_up
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.compact import compact
 from medusa.kernels.cut import Cuts, find_cuts
@@ -34,17 +35,6 @@ from medusa.model import Backbone
 
 NUM_STOP_IDS = 8  # a reply's stop ids that the GPU knows; the host cuts at any others
 SHARED_LOGITS = 256  # steps of up to so many nodes leave their logits in one place; larger ones are rare
-TREE_ROOM = 64  # a row's tree has room for a multiple of this
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The size of a step: sequences and nodes in all, most nodes of one sequence, and whether heads guess after it."""
-
-    batch: int
-    nodes: int
-    max_nodes: int
-    guesses: bool
 
 
 @dataclass(frozen=True)
@@ -217,10 +207,6 @@ class GpuStep:
         assert self.heads is not None
         self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS, self.logprob_RKS)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])
-
-
-def rounded_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 def _query_heads(backbone: Backbone) -> int:

@@ -1,6 +1,6 @@
 """The runner of a GPU: a decoding step is one CUDA graph, launched before the host has read the step before it.
 
-Graphs are captured when a shape is first needed, one for each bucket of sequences and nodes. A step of which a request
+Graphs are captured when a shape is first needed, one for each (`shapes.py`). A step of which a request
 wants what only the host can do (`host_work.py`) is launched in two halves with the host in between, and the runner then
 has no lag. Without CUDA the same launches run one by one (in Triton's interpreter), which is how tests hold this runner
 against the reference one.
@@ -8,7 +8,6 @@ against the reference one.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence as Items
 
 import torch
@@ -17,25 +16,18 @@ from medusa.checkpoint import Checkpoint
 from medusa.decoding import Typical
 from medusa.engine.emission import Emission
 from medusa.engine.gpu_prefill import Prefill
-from medusa.engine.gpu_step import TREE_ROOM, GpuStep, Shape, rounded_up
+from medusa.engine.gpu_step import GpuStep
 from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, needs_host
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.sequence import Sequence
-from medusa.engine.speculation import Buckets
+from medusa.engine.shapes import Buckets, Shape, StepShapes
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
 from medusa.engine.tree_rows import TreeRows
 from medusa.heads import DraftHeads
 from medusa.model import Backbone
 from medusa.tree import Path, TokenTree
-
-# Few sizes, so that the profile at the start has captured nearly all graphs that steps will need.
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-NODES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
-BUDGETS = (4, 8, 16, 32, 64, 96, 128, 192, 256)  # of NODES, those that the policy chooses among
-MORE_NODES = 256  # beyond those in NODES, their number is rounded up to a multiple of this
-SMALL_TREE = 16  # the largest tree of a step is rounded up to this, or to a multiple of TREE_ROOM
 
 
 class GraphRunner:
@@ -58,8 +50,7 @@ class GraphRunner:
         acceptance: Typical | None,
         growth: Items[Path] = (),
     ) -> None:
-        self.batches = _buckets(BATCHES, max_batch_size)
-        self.nodes = (*NODES, *range(NODES[-1] + MORE_NODES, max_batch_size * max_tree_nodes + MORE_NODES, MORE_NODES))
+        self._shapes = StepShapes(max_batch_size, max_tree_nodes)
         self._step = GpuStep(
             backbone,
             checkpoint,
@@ -85,7 +76,7 @@ class GraphRunner:
     @property
     def buckets(self) -> Buckets:
         """The budgets of nodes that are worth a graph of their own, over every batch size."""
-        return Buckets(tuple(size for size in self.nodes if size in BUDGETS), self.batches)
+        return self._shapes.buckets
 
     @torch.inference_mode()
     def prefill(self, chunks: Items[PrefillChunk], *, num_heads: int) -> Launched:
@@ -98,7 +89,7 @@ class GraphRunner:
         """As StepRunner.decode; if any heads are to guess, all do."""
         rows = [sequence.row for sequence in sequences]
         counts = self._trees.place(rows, trees)
-        shape = self._shape(counts, num_heads > 0)
+        shape = self._shapes.of(counts, num_heads > 0)
         self._with_host = any(needs_host(sequence) for sequence in sequences)
         if self._with_host:
             return self._decode_in_halves(shape, sequences, trees, counts)
@@ -148,13 +139,6 @@ class GraphRunner:
             function = self._whole if part == "whole" else self._step.forward
             self._graphs.capture((shape, part), lambda: function(shape))
 
-    def _shape(self, counts: list[int], guesses: bool) -> Shape:
-        batch = self.batches[bisect_left(self.batches, len(counts))]
-        nodes = self.nodes[bisect_left(self.nodes, max(sum(counts), batch))]
-        largest = max(counts)
-        small = largest if largest == 1 else SMALL_TREE
-        return Shape(batch, nodes, small if largest <= SMALL_TREE else rounded_up(largest, TREE_ROOM), guesses)
-
     def _upload(self, shape: Shape, rows: list[int], counts: list[int]) -> None:
         """The step's sequences and their node counts; padding counts no nodes of the row that is nobody's."""
         padding = shape.batch - len(rows)
@@ -164,7 +148,3 @@ class GraphRunner:
             self._uploaded[key] = values
             inputs_2B = self._step.buffers(shape).inputs_2B
             inputs_2B.copy_(staged(values, torch.int32, inputs_2B.device).view(2, -1), non_blocking=True)
-
-
-def _buckets(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
-    return (*(size for size in sizes if size < largest), largest)

@@ -11,7 +11,7 @@ from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Sequence
-from medusa.engine.speculation import Buckets
+from medusa.engine.shapes import Buckets
 from medusa.engine.step import PrefillChunk, StepRunner
 from medusa.engine.step_times import CONTEXT, Shape, StepTimes
 from medusa.growth import GrownTree

@@ -20,7 +20,7 @@ from medusa.drafter import Drafter, make_drafter
 from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.sequence import Sequence
-from medusa.engine.speculation import Buckets
+from medusa.engine.shapes import Buckets
 from medusa.engine.step import Done, PrefillChunk, StepTokens
 from medusa.heads import DraftHeads
 from medusa.kernels.linear import pack

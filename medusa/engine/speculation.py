@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from medusa.checkpoint import CheckpointMeta
 from medusa.engine.acceptance import UsualAcceptance
 from medusa.engine.sequence import Sequence
+from medusa.engine.shapes import Buckets
 from medusa.engine.step_times import StepTimes
 from medusa.growth import GrownTree
 from medusa.tree import TokenTree
@@ -29,32 +31,6 @@ from medusa.tree import TokenTree
 Floats = npt.NDArray[np.float64]
 
 CONTEXT_STEP = 256  # step times are looked up once for contexts that round up to the same multiple
-
-
-@dataclass(frozen=True)
-class Buckets:
-    """The shapes that a runner has: batch sizes, and nodes of all trees together (with uniform trees: of each).
-
-    A step takes the smallest batch size that holds it, and costs what that shape costs. Without batch sizes a step is
-    exactly as large as its batch.
-    """
-
-    nodes: tuple[int, ...]
-    batches: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "batches"):
-            sizes = getattr(self, name)
-            if list(sizes) != sorted(set(sizes)) or (sizes and sizes[0] < 1):
-                raise ValueError(f"buckets list sizes from 1 up, ascending and each once, got {name}={sizes}")
-
-    def batch(self, batch: int) -> int:
-        """The bucket of this many sequences."""
-        if not self.batches:
-            return batch
-        if batch > self.batches[-1]:
-            raise ValueError(f"{batch} sequences do not fit the largest batch bucket, {self.batches[-1]}")
-        return self.batches[bisect_left(self.batches, batch)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +53,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """What can be chosen, plain decoding first: the budgets, and the tokens and seconds expected of each."""
+    """What a batch can choose among, plain decoding first: budgets of nodes (0 is plain), the step time of each, and
+    how many drafts one sequence may have in it."""
 
     budgets: tuple[int, ...]
-    tokens: Floats
     seconds: Floats
+    most_drafts: tuple[int, ...]
 
 
 class Policy:
@@ -109,7 +86,7 @@ class Policy:
         self._margin, self._patience = margin, patience
         self._gains: Floats = np.asarray(grown.gains)
         self._worth: Floats = np.concatenate([[0.0], np.cumsum(self._gains)])
-        self._shapes: dict[tuple[int, int], tuple[tuple[int, ...], Floats]] = {}
+        self._known: dict[tuple[int, int], _Options] = {}
         self._budget: int | None = None  # of the last step; 0 is plain decoding
         self._waited = 0
 
@@ -120,14 +97,18 @@ class Policy:
             raise ValueError("a step has at least one sequence")
         factors_B: Floats = np.asarray(factors, dtype=np.float64)
         values_BN = np.minimum(factors_B[:, None] * self._gains, 1.0)
-        ranked = None if self._uniform else np.sort(values_BN, axis=None)[::-1]
-        options = self._options(batch, context, values_BN, ranked)
-        chosen = self._settle(options)
-        budget = options.budgets[chosen]
-        nodes = self._spread(budget, batch, values_BN, ranked)
+        options = self._options(batch, context)
+        ranked = {} if self._uniform else {most: _ranked(values_BN[:, :most]) for most in set(options.most_drafts)}
+        tokens = self._tokens(options, values_BN, ranked)
+        chosen = self._settle(options, tokens)
+        budget, most = options.budgets[chosen], options.most_drafts[chosen]
+        if self._uniform or budget == 0:
+            nodes = (1 + min(max(budget - 1, 0), most),) * batch
+        else:
+            nodes = _spread(budget - batch, values_BN[:, :most], ranked[most])
         bucket = self._buckets.batch(batch)
         total = bucket * max(budget, 1) if self._uniform else max(budget, bucket)
-        return Choice(nodes, bucket, total, float(options.tokens[chosen]), float(options.seconds[chosen]))
+        return Choice(nodes, bucket, total, float(tokens[chosen]), float(options.seconds[chosen]))
 
     def expected(self, num_nodes: int) -> float:
         """Drafts that calibration expects a tree of so many nodes to have accepted, for `Acceptance.observe`."""
@@ -136,35 +117,40 @@ class Policy:
     def tree(self, num_nodes: int) -> TokenTree:
         return self.grown.tree(num_nodes)
 
-    def _options(self, batch: int, context: int, values_BN: Floats, ranked: Floats | None) -> _Options:
-        budgets, seconds = self._shapes_of(batch, context)
-        if ranked is None:
+    def _tokens(self, options: _Options, values_BN: Floats, ranked: Mapping[int, Floats]) -> Floats:
+        """Expected of a step with each budget."""
+        batch = len(values_BN)
+        if self._uniform:
             worth = np.concatenate([[0.0], np.cumsum(values_BN.sum(0))])
-            spent = np.maximum(np.asarray(budgets) - 1, 0)
-        else:
-            worth = np.concatenate([[0.0], np.cumsum(ranked)])
-            spent = np.maximum(np.asarray(budgets) - batch, 0)
-        return _Options(budgets, batch + worth[np.minimum(spent, len(worth) - 1)], seconds)
+            return batch + worth[[min(max(budget - 1, 0), len(worth) - 1) for budget in options.budgets]]
+        worths = {most: np.concatenate([[0.0], np.cumsum(values)]) for most, values in ranked.items()}
+        drafts = [max(budget - batch, 0) for budget in options.budgets]
+        return batch + np.array(
+            [worths[most][min(n, batch * most)] for n, most in zip(drafts, options.most_drafts, strict=True)]
+        )
 
-    def _shapes_of(self, batch: int, context: int) -> tuple[tuple[int, ...], Floats]:
-        """The budgets that this batch may choose from, 0 for plain, and their step times."""
+    def _options(self, batch: int, context: int) -> _Options:
+        """What this batch may choose among."""
         rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
-        key = (batch, rounded)
-        if key not in self._shapes:
-            bucket = self._buckets.batch(batch)
-            most = len(self._gains) + 1 if self._uniform else batch * (len(self._gains) + 1)
-            useful = [n for n in self._buckets.nodes if n > (1 if self._uniform else bucket)]
-            # The first bucket that holds every node there is, is the last that can be worth its price.
-            budgets = (0, *useful[: bisect_left(useful, most) + 1])
-            full = bucket * (len(self._gains) + 1)  # a larger bucket costs the same, and was measured as this
-            totals = [bucket * max(n, 1) if self._uniform else min(max(n, bucket), full) for n in budgets]
-            times = np.array([self._times.at(bucket, total, rounded) for total in totals])
-            self._shapes[key] = budgets, times
-        return self._shapes[key]
+        if (batch, rounded) not in self._known:
+            self._known[batch, rounded] = self._options_of(batch, rounded)
+        return self._known[batch, rounded]
 
-    def _settle(self, options: _Options) -> int:
+    def _options_of(self, batch: int, context: int) -> _Options:
+        bucket, largest = self._buckets.batch(batch), len(self._gains) + 1
+        most = largest if self._uniform else batch * largest
+        useful = [n for n in self._buckets.nodes if n > (1 if self._uniform else bucket)]
+        # The first bucket that holds every node there is, is the last that can be worth its price.
+        budgets = (0, *useful[: bisect_left(useful, most) + 1])
+        full = bucket * largest  # a larger bucket costs the same, and was measured as this
+        totals = [bucket * max(n, 1) if self._uniform else min(max(n, bucket), full) for n in budgets]
+        seconds = np.array([self._times.at(bucket, total, context) for total in totals])
+        trees = [largest if self._uniform else self._buckets.largest_tree(bucket, total) for total in totals]
+        return _Options(budgets, seconds, tuple(min(size or largest, largest) - 1 for size in trees))
+
+    def _settle(self, options: _Options, tokens: Floats) -> int:
         """The index of the budget to take: the best, unless the last step's is about as good."""
-        speeds = options.tokens / options.seconds
+        speeds = tokens / options.seconds
         best = int(speeds.argmax())
         last = options.budgets.index(self._budget) if self._budget in options.budgets else best
         gain = speeds[best] / speeds[last]
@@ -176,23 +162,23 @@ class Policy:
         self._budget = options.budgets[chosen]
         return chosen
 
-    def _spread(self, budget: int, batch: int, values_BN: Floats, ranked: Floats | None) -> tuple[int, ...]:
-        """Each sequence's nodes: its root, and its share of the most valuable nodes of all."""
-        if budget == 0:
-            return (1,) * batch
-        if ranked is None:
-            return (min(budget, len(self._gains) + 1),) * batch
-        spent = min(budget - batch, len(ranked))
-        while spent and ranked[spent - 1] <= 0:
-            spent -= 1
-        if spent == 0:
-            return (1,) * batch
-        threshold = ranked[spent - 1]
-        above_B = (values_BN > threshold).sum(1)
-        equal_B = (values_BN == threshold).sum(1)
-        before_B = np.cumsum(equal_B) - equal_B  # ties go to the sequences in their order
-        ties_B = np.clip(spent - above_B.sum() - before_B, 0, equal_B)
-        return tuple((1 + above_B + ties_B).tolist())
+
+def _ranked(values_BN: Floats) -> Floats:
+    """The values of all sequences' drafts together, the most valuable first."""
+    return np.sort(values_BN, axis=None)[::-1]
+
+
+def _spread(drafts: int, values_BN: Floats, ranked: Floats) -> tuple[int, ...]:
+    """Each sequence's nodes: its root, and its share of the most valuable drafts of all."""
+    drafts = min(drafts, int((ranked > 0).sum()))
+    if drafts == 0:
+        return (1,) * len(values_BN)
+    threshold = ranked[drafts - 1]
+    above_B = (values_BN > threshold).sum(1)
+    equal_B = (values_BN == threshold).sum(1)
+    before_B = np.cumsum(equal_B) - equal_B  # ties go to the sequences in their order
+    ties_B = np.clip(drafts - above_B.sum() - before_B, 0, equal_B)
+    return tuple((1 + above_B + ties_B).tolist())
 
 
 def best_tree(trees: Items[TokenTree], tokens_per_step: Items[float], step_times: StepTimes, batch: int) -> TokenTree:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from medusa.engine.sequence import Sequence, TokenLogprob
-from medusa.engine.speculation import Buckets
+from medusa.engine.shapes import Buckets
 from medusa.heads import DraftHeads
 from medusa.tree import Path, TokenTree
 

@@ -10,7 +10,8 @@ from medusa import StepTimes, TokenTree
 from medusa.calibration import guess_replies, tokens_per_step, walk
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta
 from medusa.engine.runner import Runner
-from medusa.engine.speculation import Buckets, ladder_of
+from medusa.engine.shapes import Buckets
+from medusa.engine.speculation import ladder_of
 from medusa.heads import HeadsConfig
 from tests.medusa.engine.support import (
     ACCURACY,
