@@ -6,6 +6,7 @@ speed is that of decoding; the time from start to end is kept beside it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from medusa import Engine
 @dataclass
 class Run:
     """What one contender did in the waves of one run. `full_steps` are the seconds of each step in which every request
-    of its wave was still decoding; `nodes` the largest tree of every step."""
+    of its wave was still decoding, `full_tokens` what they gave; `nodes` the largest tree of every step."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -31,11 +32,17 @@ class Run:
     replies_steps: int = 0  # steps of each reply, summed over replies
     replies_tokens: int = 0  # tokens that those steps gave
     full_steps: list[float] = field(default_factory=list)
+    full_tokens: int = 0
     nodes: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
         return self.decode_tokens / self.decode_seconds
+
+    @property
+    def full_tokens_per_second(self) -> float:
+        """While every request of its wave was decoding; nan where one had always ended."""
+        return self.full_tokens / sum(self.full_steps) if self.full_steps else math.nan
 
     @property
     def end_to_end_tokens_per_second(self) -> float:
@@ -113,12 +120,14 @@ class EngineContender:
         while self.engine.has_unfinished():
             outputs = self.engine.step()
             now = time.perf_counter()
+            tokens = sum(len(output.token_ids) for output in outputs)
             if not ended:
                 run.full_steps.append(now - before)
+                run.full_tokens += tokens
             run.nodes.append(self.engine.stats().tree_size)
             run.decode_seconds += now - before
             before = now
-            run.decode_tokens += sum(len(output.token_ids) for output in outputs)
+            run.decode_tokens += tokens
             ended += sum(self._note(output, run) for output in outputs)
         return ended
 
@@ -178,7 +187,9 @@ class HuggingFaceContender:
         run.tokens += sum(lengths)
         run.replies_steps += steps * len(wave)
         run.replies_tokens += (max(lengths) - 1) * len(wave)
-        run.full_steps += [(end - first) / steps] * min(steps, min(lengths)) if steps else []
+        full = min(steps, min(lengths))
+        run.full_steps += [(end - first) / steps] * full
+        run.full_tokens += round(full * len(wave) * (max(lengths) - 1) / steps) if steps else 0
         run.nodes += [1] * steps
 
     def _exactly(self, tokens: int) -> GenerationConfig:

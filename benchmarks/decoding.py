@@ -331,8 +331,15 @@ def _over(row: Row, plain: Row | None) -> Row:
     """With its ratio to this engine's plain decoding, which ran at another time of the same process."""
     if plain is None:
         return row
-    speed, base = row.tokens_per_second, plain.tokens_per_second.median
-    return replace(row, ratio=Interval(speed.median / base, speed.low / base, speed.high / base))
+    return replace(
+        row,
+        ratio=_scaled(row.tokens_per_second, plain.tokens_per_second.median),
+        full_ratio=_scaled(row.full, plain.full.median) if row.full and plain.full else None,
+    )
+
+
+def _scaled(speed: Interval, base: float) -> Interval:
+    return Interval(speed.median / base, speed.low / base, speed.high / base)
 
 
 def _release_memory() -> None:

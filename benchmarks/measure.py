@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,12 @@ class Interval:
         low, median, high = np.percentile(np.asarray(values, dtype=float), [25, 50, 75])
         return cls(float(median), float(low), float(high))
 
+    @classmethod
+    def where_measured(cls, values: Sequence[float]) -> Interval | None:
+        """Of those that are numbers; None if there is none."""
+        measured = [value for value in values if not math.isnan(value)]
+        return cls.of(measured) if measured else None
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -42,9 +49,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill. `ratio` is to the
-    plain contender of the same temperature, paired run by run. `nodes` is the mean over steps of the largest tree,
-    `speculating` the share of steps with more than one node a sequence."""
+    """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill, `full` are those
+    while every request of a wave decodes (None where there was no such step). Ratios are to the plain contender of the
+    same temperature, run by run. `nodes` is the mean over steps of the largest tree, `speculating` the share of steps
+    with more than one node a sequence."""
 
     contender: str
     temperature: float
@@ -53,11 +61,13 @@ class Row:
     repeats: int
     tokens_per_second: Interval
     end_to_end: Interval
+    full: Interval | None
     tokens_per_step: float
     step_ms: float
     nodes: float
     speculating: float
     ratio: Interval | None
+    full_ratio: Interval | None
     end_to_end_ratio: Interval | None
     bandwidth_share: float | None = None
     gpu_idle_share: float | None = None
@@ -124,11 +134,13 @@ def summarise(
                 repeats=planned.repeats,
                 tokens_per_second=Interval.of([run.tokens_per_second for run in own]),
                 end_to_end=Interval.of([run.end_to_end_tokens_per_second for run in own]),
+                full=Interval.where_measured([run.full_tokens_per_second for run in own]),
                 tokens_per_step=sum(r.replies_tokens for r in own) / sum(r.replies_steps for r in own),
                 step_ms=1e3 * float(np.median([s for run in own for s in run.full_steps])),
                 nodes=float(np.mean([n for run in own for n in run.nodes])),
                 speculating=float(np.mean([n > 1 for run in own for n in run.nodes])),
                 ratio=_paired(own, plain, lambda run: run.tokens_per_second),
+                full_ratio=_paired(own, plain, lambda run: run.full_tokens_per_second),
                 end_to_end_ratio=_paired(own, plain, lambda run: run.end_to_end_tokens_per_second),
             )
         )
@@ -138,4 +150,4 @@ def summarise(
 def _paired(own: Sequence[Run], plain: Sequence[Run] | None, speed: Callable[[Run], float]) -> Interval | None:
     if plain is None or plain is own:
         return None
-    return Interval.of([speed(mine) / speed(other) for mine, other in zip(own, plain, strict=True)])
+    return Interval.where_measured([speed(mine) / speed(other) for mine, other in zip(own, plain, strict=True)])

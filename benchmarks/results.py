@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.measure import Interval, Row
 
 COLUMNS = ("contender", "T", "tokens/s", "end to end", "tokens a step", "step, ms", "nodes", "over plain")
-COLUMNS += ("by steps", "of copy")
+COLUMNS += ("all at once", "of copy")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,7 +38,7 @@ def write_results(folder: Path, settings: dict[str, Any], rows: Sequence[Row], n
     write_atomically(folder / "decode.md", lambda path: path.write_text(markdown(settings, rows, notes)))
     if rows:
         _plot(folder / "tokens_per_second.png", rows, "tokens a second", lambda row: row.tokens_per_second)
-        _plot(folder / "over_plain.png", rows, "tokens a second over plain decoding", lambda row: row.ratio, level=1.0)
+        _plot(folder / "over_plain.png", rows, "tokens a second over plain decoding", _over_plain, level=1.0)
         _plot(folder / "step_ms.png", rows, "median step, ms", lambda row: Interval(*[row.step_ms] * 3))
 
 
@@ -57,12 +57,12 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
         requests = sorted({f"{row.requests} replies, {row.repeats} runs" for row in group})
         lines += [f"## {concurrency} at once ({'; '.join(requests)})", ""]
         lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(_cells(row, group, has_idle))} |" for row in group]
+        lines += [f"| {' | '.join(_cells(row, has_idle))} |" for row in group]
         lines.append("")
     lines += [
         "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
-        "includes the prefill. Steps are medians while all requests of a wave run. A wave ends with its longest reply;",
-        "by steps is what the medians would give: tokens a step, times plain's step over this one.",
+        "includes the prefill. A wave ends with its longest reply; all at once is the speed over plain's while every",
+        "request of a wave decodes, which is when steps are timed too (medians).",
         "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
         "memory (read and write counted).",
         "",
@@ -71,17 +71,7 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def ratio_by_steps(row: Row, rows: Sequence[Row]) -> float | None:
-    """The speed over plain decoding that tokens a step and the median steps would give, without the tails of waves;
-    None for what is not compared with plain."""
-    plain = [other for other in rows if other.contender == f"plain, T={row.temperature:g}"]
-    if row.ratio is None or not plain or not row.step_ms:
-        return None
-    return row.tokens_per_step * plain[0].step_ms / row.step_ms
-
-
-def _cells(row: Row, group: Sequence[Row], has_idle: bool) -> list[str]:
-    by_steps = ratio_by_steps(row, group)
+def _cells(row: Row, has_idle: bool) -> list[str]:
     cells = [
         row.contender,
         f"{row.temperature:g}",
@@ -91,12 +81,16 @@ def _cells(row: Row, group: Sequence[Row], has_idle: bool) -> list[str]:
         f"{row.step_ms:.2f}",
         f"{row.nodes:.1f}",
         _interval(row.ratio, 3) if row.ratio else "",
-        f"{by_steps:.3f}" if by_steps is not None else "",
+        _interval(row.full_ratio, 3) if row.full_ratio else "",
         f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
     ]
     if has_idle:
         cells.append(f"{row.gpu_idle_share:.1%}" if row.gpu_idle_share is not None else "")
     return cells
+
+
+def _over_plain(row: Row) -> Interval | None:
+    return row.full_ratio
 
 
 def _interval(value: Interval, digits: int) -> str:

@@ -95,15 +95,16 @@ def with_context(
 
 
 def waves_of(requests: Sequence[Request], temperature: float, concurrency: int, count: int) -> list[list[Request]]:
-    """`count` groups of `concurrency` requests that run together, evenly over the list and of similar reply lengths,
-    so that all of a group end at about the same time. Where there are too few requests they come again."""
+    """`count` groups of `concurrency` requests that run together, each of similar reply lengths, so that all of a group
+    end at about the same time: windows spread evenly over the requests in the order of their lengths (one alone is
+    the middle). Where there are too few requests they come again."""
     needed = concurrency * count
-    if needed <= len(requests):
-        chosen = [requests[i * len(requests) // needed] for i in range(needed)]
-    else:
-        chosen = [_again(requests[i % len(requests)], i // len(requests)) for i in range(needed)]
-    chosen = sorted(chosen, key=lambda request: request.lengths[temperature])
-    return [chosen[i : i + concurrency] for i in range(0, needed, concurrency)]
+    rounds = max(1, -(-needed // len(requests)))
+    many = [_again(request, time) for time in range(rounds) for request in requests]
+    ordered = sorted(many, key=lambda request: request.lengths[temperature])
+    spare = len(ordered) - needed
+    starts = [i * concurrency + spare * (2 * i + 1) // (2 * count) for i in range(count)]
+    return [ordered[start : start + concurrency] for start in starts]
 
 
 def _again(request: Request, time: int) -> Request:

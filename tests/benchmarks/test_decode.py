@@ -14,10 +14,10 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import hardware
-from benchmarks.contenders import EngineContender, HuggingFaceContender
+from benchmarks.contenders import EngineContender, HuggingFaceContender, Run
 from benchmarks.decoding import DecodeBenchmark, DecodeConfig
-from benchmarks.measure import Interval, Row, plan, rotated_runs, summarise
-from benchmarks.results import markdown, ratio_by_steps, write_atomically
+from benchmarks.measure import Interval, plan, rotated_runs, summarise
+from benchmarks.results import markdown, write_atomically
 from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from cli.main import app
@@ -91,7 +91,9 @@ def test_lengths_are_of_plain_replies_cut_at_loops(tiny_llama: Path, monkeypatch
 def test_waves_group_replies_of_similar_length_and_repeat_only_where_they_must() -> None:
     requests = requests_of([9, 3, 7, 5, 8, 2, 6, 4])
     waves = waves_of(requests, 0.0, 2, 3)
-    assert [[r.lengths[0.0] for r in wave] for wave in waves] == [[2, 3], [6, 7], [8, 9]]
+    assert [[r.lengths[0.0] for r in wave] for wave in waves] == [[2, 3], [5, 6], [7, 8]]
+    assert [r.lengths[0.0] for r in waves_of(requests, 0.0, 4, 1)[0]] == [4, 5, 6, 7]  # the middle
+    assert [len(wave) for wave in waves_of(requests, 0.0, 4, 3)] == [4, 4, 4]
     (many,) = waves_of(requests, 0.0, 12, 1)
     assert len(many) == 12 and len({(tuple(r.prompt_ids), r.seed) for r in many}) == 12
 
@@ -349,15 +351,17 @@ def test_the_script_needs_no_cluster_nor_tracking() -> None:
     assert "--time-budget" in shown.stdout
 
 
-def test_the_ratio_by_steps_leaves_out_the_tails_of_waves() -> None:
-    speed = Interval(100.0, 99.0, 101.0)
-
-    def row(contender: str, temperature: float, tokens: float, step_ms: float, ratio: Interval | None) -> Row:
-        return Row(contender, temperature, 8, 8, 3, speed, speed, tokens, step_ms, 4.0, 1.0, ratio, ratio)
-
-    plain, hot = row("plain, T=0", 0.0, 1.0, 4.0, None), row("plain, T=1", 1.0, 1.0, 5.0, None)
-    medusa = row("medusa, T=1", 1.0, 1.5, 6.0, Interval(0.9, 0.9, 0.9))
-    assert ratio_by_steps(medusa, [plain, hot, medusa]) == pytest.approx(1.5 * 5 / 6)
-    assert ratio_by_steps(plain, [plain, hot]) is None
-    assert ratio_by_steps(medusa, [plain, medusa]) is None  # no plain decoding at its temperature
-    assert "| 1.250 |" in markdown({}, [plain, hot, medusa], [])
+def test_the_speed_while_all_decode_leaves_out_the_tails_of_waves() -> None:
+    """Two requests, of which one ends after 0.2 s; and a wave in which one had ended before."""
+    plain = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=6, replies_tokens=6, nodes=[1])
+    plain.full_steps, plain.full_tokens = [0.1, 0.1], 4
+    tree = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=4, replies_tokens=6, nodes=[4])
+    tree.full_steps, tree.full_tokens = [0.1], 3
+    tail = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=4, replies_tokens=6, nodes=[4])
+    contenders = [EngineContender(name, "plain", 0.0, None, lambda e: None) for name in ("plain", "tree")]
+    runs = {"plain": [plain, plain], "tree": [tree, tail]}
+    first, second = summarise(contenders, runs, 2, plan(1.0, 2, 4, 3, None))
+    assert first.full.median == pytest.approx(20.0) and first.full_ratio is None
+    assert second.full.median == pytest.approx(30.0)
+    assert (second.ratio.median, second.full_ratio.median) == (pytest.approx(1.0), pytest.approx(1.5))
+    assert "| 1.500 (1.500 to 1.500) |" in markdown({}, [first, second], [])
