@@ -104,21 +104,23 @@ def _merge(
     BD: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Weighs the splits of a tile by their log-sum-exp."""
+    """Weighs the splits of a tile by their log-sum-exp; several are read at once, as each read is a trip to L2."""
+    together: tl.constexpr = 64 // BM
     peak = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for s in tl.range(SPLITS):
-        at = (s * num_nodes + flat) * H + head
-        lse = tl.load(LSE + at, mask=live, other=-float("inf"), cache_modifier=".cg")
-        part = tl.load(
-            PART + at[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0, cache_modifier=".cg"
-        )
-        new = tl.maximum(peak, lse)
+    for first in tl.range(0, SPLITS, together):
+        s = first + tl.arange(0, together)
+        at = (s[:, None] * num_nodes + flat[None, :]) * H + head[None, :]
+        inside = (s < SPLITS)[:, None] & live[None, :]
+        lse = tl.load(LSE + at, mask=inside, other=-float("inf"), cache_modifier=".cg")
+        columns = inside[:, :, None] & (d < D)[None, None, :]
+        part = tl.load(PART + at[:, :, None] * D + d[None, None, :], mask=columns, other=0.0, cache_modifier=".cg")
+        new = tl.maximum(peak, tl.max(lse, 0))
         shrink = tl.exp(peak - new)
-        weight = tl.exp(lse - new)
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight
+        weight = tl.exp(lse - new[None, :])
+        acc = acc * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
+        total = total * shrink + tl.sum(weight, 0)
         peak = new
     _store(out, acc / tl.where(total > 0, total, 1.0)[:, None], live, d, D, BD)
 
@@ -302,10 +304,14 @@ def _attend(
                 _merge(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
 
 
-def registers(rows: int, group: int, pdl: bool) -> dict[str, int]:
+def registers(rows: int, group: int, pdl: bool, whole: bool) -> dict[str, int]:
     """The launch option that lets small tiles have more registers than the assembler would give them by itself, where
-    those are too few: on chips before Hopper, and with grouped heads."""
-    return {} if rows > 32 or (pdl and group == 1) else {"maxnreg": 255}
+    those are too few. With 168 three programs of 128 threads fit a multiprocessor at once."""
+    if rows > 32:
+        return {}
+    if not pdl or group > 1:
+        return {"maxnreg": 255}
+    return {"maxnreg": 168} if rows <= MERGING_ROWS and not whole else {}
 
 
 def attend(
@@ -356,7 +362,8 @@ def attend(
         BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, pdl), **options(pdl),
+        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, pdl, whole),
+        **options(pdl),
     )  # fmt: skip
     if not whole and not merges:
         block = min(8, triton.next_power_of_2(heads))

@@ -306,7 +306,8 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
     """Shared memory, registers and spilled bytes of one compilation, the last two from ptxas."""
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.kernel == "attention._attend":
-        options |= registers(int(case.constants["BM"]), int(case.constants["GROUP"]), pdl)
+        rows, group = int(case.constants["BM"]), int(case.constants["GROUP"])
+        options |= registers(rows, group, pdl, bool(case.constants["WHOLE"]))
     compiled = triton.compile(case.source(pdl), target=GPUTarget("cuda", capability, 32), options=options)
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
