@@ -6,6 +6,7 @@ import typer
 
 from benchmarks.decode import decode
 from benchmarks.serve import serve
+from benchmarks.steps import steps
 from benchmarks.trees import trees
 from cli.bench_distill import distill
 from cli.quantization import quantization
@@ -15,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command()(decode)
+app.command()(steps)
 app.command()(serve)
 app.command()(trees)
 app.command()(quantization)
