@@ -6,14 +6,19 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
 def files_of(folder: Path) -> list[str]:
@@ -26,16 +31,64 @@ def interpreted() -> dict[str, str]:
     return environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run_folder(folder: Path, report: Path, environment: dict[str, str]) -> tuple[dict[str, list[int]], str]:
-    """[passed, failed] counts by file, and the output of the run."""
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    run = subprocess.run(
-        [*command, folder], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=280
-    )
-    assert report.exists(), run.stdout + run.stderr
-    counts = {file: [0, 0] for file in files_of(folder)}
-    for case in ElementTree.parse(report).iter("testcase"):
-        file = next(part for part in case.get("classname").split(".") + case.get("name").split(".") if part in counts)
-        if case.find("skipped") is None:
-            counts[file][case.find("failure") is not None or case.find("error") is not None] += 1
-    return counts, run.stdout
+@dataclass(frozen=True)
+class FolderRun:
+    """The tests of a folder, under way in a process of their own."""
+
+    folder: Path
+    report: Path
+    process: subprocess.Popen[str]
+    output: IO[str]
+
+    @classmethod
+    def start(cls, folder: Path, environment: dict[str, str]) -> FolderRun:
+        place = Path(tempfile.mkdtemp(prefix="interpreted-"))
+        report, output = place / "report.xml", (place / "output").open("w+")
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        process = subprocess.Popen(
+            [*command, folder], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+        return cls(folder, report, process, output)
+
+    def finished(self, timeout_s: float = 600) -> tuple[dict[str, list[int]], str]:
+        """[passed, failed] counts by file, and the output of the run."""
+        try:
+            self.process.wait(timeout_s)
+        finally:
+            said = self.end()
+        assert self.report.exists(), said
+        counts = {file: [0, 0] for file in files_of(self.folder)}
+        for case in ElementTree.parse(self.report).iter("testcase"):
+            file = next(
+                part for part in case.get("classname").split(".") + case.get("name").split(".") if part in counts
+            )
+            if case.find("skipped") is None:
+                counts[file][case.find("failure") is not None or case.find("error") is not None] += 1
+        return counts, said
+
+    def end(self) -> str:
+        """Ends the process where it still runs; what it has said."""
+        self.process.kill()
+        self.process.wait()
+        self.output.seek(0)
+        return self.output.read()
+
+
+_started: dict[Path, FolderRun] = {}
+
+
+def start_early(folders: Iterable[Path]) -> None:
+    """Interpreted kernels are slow: their tests run beside the others that come before their results are asked for."""
+    for folder in folders:
+        if folder not in _started:
+            _started[folder] = FolderRun.start(folder, interpreted())
+
+
+def interpreted_results(folder: Path) -> tuple[dict[str, list[int]], str]:
+    start_early([folder])
+    return _started.pop(folder).finished()
+
+
+def end_all() -> None:
+    while _started:
+        _started.popitem()[1].end()

@@ -6,17 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import files_of, interpreted, needs_triton, run_folder
+from tests.medusa.interpreter import files_of, interpreted_results, needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_folder(FOLDER, tmp_path_factory.mktemp("interpreted") / "report.xml", interpreted())
+def results():
+    return interpreted_results(FOLDER)
 
 
 @needs_triton
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("file", files_of(FOLDER))
 def test_the_gpus_engine_in_the_interpreter(results, file):
     counts, output = results

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import ROOT, files_of, interpreted, needs_triton, run_folder
+from tests.medusa.interpreter import ROOT, FolderRun, files_of, interpreted_results, needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    return run_folder(FOLDER, tmp_path_factory.mktemp("interpreted") / "report.xml", interpreted())
+def results():
+    return interpreted_results(FOLDER)
 
 
 @needs_triton
+@pytest.mark.timeout(660)
 @pytest.mark.parametrize("file", files_of(FOLDER))
 def test_kernels_in_the_interpreter(results, file):
     counts, output = results
@@ -29,9 +30,9 @@ def test_kernels_in_the_interpreter(results, file):
 
 
 @pytest.mark.gpu
-def test_compiled_kernels_pass_the_same_tests(tmp_path):
+def test_compiled_kernels_pass_the_same_tests():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    counts, output = run_folder(FOLDER, tmp_path / "report.xml", environment | {"MEDUSA_KERNEL_DEVICE": "cuda"})
+    counts, output = FolderRun.start(FOLDER, environment | {"MEDUSA_KERNEL_DEVICE": "cuda"}).finished()
     assert all(passed > 0 and failed == 0 for passed, failed in counts.values()), output
 
 
