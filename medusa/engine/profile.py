@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import TypeVar
 
-from medusa.engine.kv_cache import KVCache
+from medusa.engine.kv_cache import PAGE_SIZE, KVCache
 from medusa.engine.limits import Limits
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Sequence
@@ -51,27 +51,43 @@ class Profiler:
         lengths = sorted({min(context, self._limits.max_model_len - 1) for context in contexts})
         best: dict[Shape, float] = {}
         for batch_size, its_steps in steps.items():
-            shapes = [(trees, length) for length in lengths for trees in its_steps]
-            sequences = self._start(batch_size, lengths[-1])
-            try:
-                for trees, length in [shape for r in range(repeats) for shape in _rotated(shapes, r)]:
-                    self._step(sequences, trees, length)
-                    seconds = self._step(sequences, trees, length)
-                    shape = (batch_size, sum(tree.num_nodes for tree in trees), length)
-                    best[shape] = min(best.get(shape, seconds), seconds)
-            finally:
-                self._stop(sequences)
+            best |= self._measure(batch_size, its_steps, lengths, repeats)
         return StepTimes(best)
 
     def measure_buckets(self, buckets: Buckets, grown: GrownTree, *, repeats: int = 3) -> StepTimes:
-        """The shapes that the policy may choose, at a short and a long context, as far as rows and pages go."""
-        most_rows = self._most_rows(max(CONTEXTS))
-        steps = {}
-        for batch in [size for size in buckets.batches if size <= most_rows] or buckets.batches[:1]:
+        """The shapes that the policy may choose, at a short and a long context, or the longest that so many sequences
+        have pages for."""
+        best: dict[Shape, float] = {}
+        for batch in buckets.batches:
+            longest = self._longest(batch)
+            if longest < 1:  # so many never run at once
+                continue
             most = batch * grown.max_nodes
             totals = sorted({batch, *(min(total, most) for total in buckets.nodes if total > batch)})
-            steps[batch] = [spread_evenly(grown, batch, total) for total in totals]
-        return self.measure(steps, repeats=repeats, contexts=CONTEXTS)
+            steps = [spread_evenly(grown, batch, total) for total in totals]
+            best |= self._measure(batch, steps, sorted({min(context, longest) for context in CONTEXTS}), repeats)
+        return StepTimes(best)
+
+    def _measure(
+        self, batch: int, steps: Items[Items[TokenTree]], lengths: Items[int], repeats: int
+    ) -> dict[Shape, float]:
+        shapes = [(trees, length) for length in lengths for trees in steps]
+        sequences = self._start(batch, max(lengths))
+        best: dict[Shape, float] = {}
+        try:
+            for trees, length in [shape for r in range(repeats) for shape in _rotated(shapes, r)]:
+                self._step(sequences, trees, length)
+                seconds = self._step(sequences, trees, length)
+                shape = (batch, sum(tree.num_nodes for tree in trees), length)
+                best[shape] = min(best.get(shape, seconds), seconds)
+        finally:
+            self._stop(sequences)
+        return best
+
+    def _longest(self, batch: int) -> int:
+        """The longest context that so many sequences can have at once; 0 or less where they cannot run together."""
+        room = self._limits.num_pages // batch * PAGE_SIZE - self._limits.max_nodes - 1
+        return min(self._limits.max_model_len - 1, room)
 
     def batch_sizes(self, context: int = CONTEXT) -> list[int]:
         """1, 2, 4 and so on while the engine has rows and pages for them."""

@@ -43,17 +43,13 @@ class StepTimes:
         """A step of `batch` sequences with `total` nodes together.
 
         Linear between the measured shapes (batch sizes are compared at the same nodes a sequence), the smallest's time
-        below them; beyond the largest in proportion to batch and nodes, and along the last slope of the context.
+        below them; beyond the largest in proportion to batch and nodes, and along the last slope of the context. Each
+        batch size is asked at the contexts that it was measured with.
         """
-        contexts = sorted(self._curves)
-        lower, upper = _around(contexts, context)
-        if context > contexts[-1] and len(contexts) > 1:
-            lower = contexts[-2]
-        low, high = self._at_context(lower, batch, total), self._at_context(upper, batch, total)
-        if context > contexts[-1]:
-            slope = max(0.0, (high - low) / (upper - lower)) if upper > lower else 0.0
-            return high + slope * (context - upper)
-        return _between(lower, low, upper, high, context)
+        lower, upper = _around(sorted(self._curves), batch)
+        low = self._at_batch(lower, total * lower / batch, context)
+        high = self._at_batch(upper, total * upper / batch, context)
+        return high * batch / upper if batch > upper else _between(lower, low, upper, high, batch)
 
     def to_dict(self) -> dict[str, Any]:
         rows = [{"batch": b, "total": n, "context": c, "seconds": t} for (b, n, c), t in sorted(self.seconds.items())]
@@ -66,18 +62,23 @@ class StepTimes:
 
     @cached_property
     def _curves(self) -> dict[int, dict[int, _Curve]]:
-        """By context, then batch size."""
+        """By batch size, then context."""
         curves: dict[int, dict[int, _Curve]] = {}
         for (batch, total, context), seconds in sorted(self.seconds.items()):
-            curves.setdefault(context, {}).setdefault(batch, {})[total] = seconds
+            curves.setdefault(batch, {}).setdefault(context, {})[total] = seconds
         return curves
 
-    def _at_context(self, context: int, batch: int, total: int) -> float:
-        curves = self._curves[context]
-        lower, upper = _around(sorted(curves), batch)
-        low = _along(curves[lower], total * lower / batch)
-        high = _along(curves[upper], total * upper / batch)
-        return high * batch / upper if batch > upper else _between(lower, low, upper, high, batch)
+    def _at_batch(self, batch: int, total: float, context: int) -> float:
+        curves = self._curves[batch]
+        contexts = sorted(curves)
+        lower, upper = _around(contexts, context)
+        if context > contexts[-1] and len(contexts) > 1:
+            lower = contexts[-2]
+        low, high = _along(curves[lower], total), _along(curves[upper], total)
+        if context > contexts[-1]:
+            slope = max(0.0, (high - low) / (upper - lower)) if upper > lower else 0.0
+            return high + slope * (context - upper)
+        return _between(lower, low, upper, high, context)
 
 
 def _read_row(row: Mapping[str, Any]) -> tuple[Shape, float]:

@@ -18,6 +18,7 @@ from tests.medusa.engine.support import (
     TREES,
     Prepared,
     build_engine,
+    gigabytes,
     greedy,
     random_prompts,
 )
@@ -208,6 +209,23 @@ def test_a_runner_of_ragged_shapes_is_measured_on_them_and_given_ragged_trees(ti
         trees.append(engine._loop.speculation.choice.nodes)
     assert list(replies.values()) == [c.token_ids for c in prepared.plain]
     assert any(len(set(nodes)) > 1 for nodes in trees)
+
+
+def test_auto_measures_sequences_as_long_as_there_are_pages_for(tiny_llama, monkeypatch):
+    """A cache of eight pages: one sequence may be long, two have half of it each, and four as good as none."""
+    buckets = Buckets(nodes=(2, 8), batches=(1, 2, 4, 5))
+    monkeypatch.setattr(Runner, "buckets", property(lambda self: buckets))
+    engine = build_engine(
+        tiny_llama, trees=[TREES[4], TREES[64]], max_batch_size=5, kv_cache_gb=gigabytes(tiny_llama, 8)
+    )
+    engine.set_speculation("auto")
+    contexts = {}
+    for batch, _, context in engine.step_times.seconds:
+        contexts.setdefault(batch, set()).add(context)
+    assert contexts == {1: {128, 447}, 2: {128, 191}, 4: {63}}
+    assert engine.stats().pages_used == 0
+    plain = build_engine(tiny_llama, heads=False).generate([[5, 6, 7]], greedy(max_tokens=20))
+    assert engine.generate([[5, 6, 7]], greedy(max_tokens=20))[0].token_ids == plain[0].token_ids
 
 
 def test_what_auto_measured_is_kept_and_can_be_given_to_another_engine(tiny_llama, monkeypatch):

@@ -75,3 +75,11 @@ def test_step_times_that_cannot_be_are_refused():
         StepTimes({(4, 3, 128): 1.0})
     with pytest.raises(ValueError, match="cannot take 0"):
         StepTimes({(4, 8, 128): 0.0})
+
+
+def test_each_batch_size_is_asked_at_its_own_contexts() -> None:
+    times = StepTimes({(1, 1, 100): 1.0, (1, 1, 1000): 2.0, (8, 8, 100): 4.0, (8, 8, 300): 5.0})
+    assert times.at(1, 1, 300) == pytest.approx(1.0 + 200 / 900)
+    assert times.at(8, 8, 300) == 5.0
+    assert times.at(8, 8, 1000) == pytest.approx(5.0 + 700 / 200)  # along its last slope
+    assert times.at(4, 4, 100) == pytest.approx(1.0 + 3.0 * 3 / 7)
