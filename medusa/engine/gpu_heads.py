@@ -12,7 +12,7 @@ from torch.nn import functional
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
-from medusa.kernels.topk import MAX_WIDTH, TopkScratch, topk
+from medusa.kernels.topk import MAX_WIDTH, scratch, topk
 from medusa.model import Backbone
 
 
@@ -33,7 +33,7 @@ class GpuHeads:
         self._pdl = supports_pdl(device)
         shape = (max_batch_size, config.num_heads, config.head_vocab_size)
         self._logits_BKV = torch.empty(shape, dtype=backbone.dtype, device=device)
-        self._scratch = TopkScratch.empty(max_batch_size, config.num_heads, width, config.head_vocab_size, device)
+        self._pairs = scratch(max_batch_size, config.num_heads, width, config.head_vocab_size, device)
         self._token_map = heads.token_map if config.vocabulary == "truncated" else None
 
     def take(self, heads: DraftHeads) -> DraftHeads:
@@ -41,10 +41,8 @@ class GpuHeads:
         self._heads.load_state_dict(heads.state_dict())
         return self._heads
 
-    def guess(
-        self, hidden_Bd: torch.Tensor, rows_B: torch.Tensor, guesses_RKS: torch.Tensor, logprob_RKS: torch.Tensor
-    ) -> None:
-        """Writes all heads' best guesses and their log-probabilities into the sequences' rows."""
+    def guess(self, hidden_Bd: torch.Tensor, rows_B: torch.Tensor, guesses_RKS: torch.Tensor) -> None:
+        """Writes all heads' best guesses into the sequences' rows."""
         batch, config = len(hidden_Bd), self._heads.config
         features_BKd = self._features(hidden_Bd)
         logits_BKV = self._logits_BKV[:batch]
@@ -55,10 +53,8 @@ class GpuHeads:
             for head in range(config.num_heads):
                 weight = self._heads.vocabulary_weight(head, self._backbone.lm_head_weight)
                 product(features_BKd[:, head], weight, logits_BKV[:, head], pdl=self._pdl)
-        topk(
-            self._backbone.cap(logits_BKV), rows_B, guesses_RKS, logprob_RKS, self._scratch_of(batch),
-            token_map=self._token_map,
-        )  # fmt: skip
+        pairs = self._pairs[: batch * config.num_heads]
+        topk(self._backbone.cap(logits_BKV), rows_B, guesses_RKS, pairs, token_map=self._token_map)
 
     def _features(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
         config = self._heads.config
@@ -74,10 +70,6 @@ class GpuHeads:
         for layer in range(1, self._heads.config.num_layers):
             features_Bd = self._heads[head][layer](features_Bd)  # type: ignore[index]
         return features_Bd
-
-    def _scratch_of(self, batch: int) -> TopkScratch:
-        rows = batch * self._heads.config.num_heads
-        return TopkScratch(self._scratch.pairs[:rows], self._scratch.sums[:rows])
 
 
 def _joined_blocks(heads: MedusaHeads) -> tuple[torch.Tensor, torch.Tensor]:

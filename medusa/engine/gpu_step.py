@@ -78,7 +78,6 @@ class GpuStep:
         self.num_depths = num_heads + 1
         self.vocab_size = backbone.vocab_size
         self.state = RowState.empty(max_batch_size + 1, num_heads, guess_width, NUM_STOP_IDS, device)
-        self.logprob_RKS = torch.zeros(max_batch_size + 1, num_heads, guess_width, device=device)
         self.trees = Trees.roots(max_batch_size + 1, room, num_heads, device)
         self.heads = (
             GpuHeads(checkpoint.heads, backbone, max_batch_size=max_batch_size, width=guess_width)
@@ -205,7 +204,7 @@ class GpuStep:
     def guess(self, last_hidden_Bd: torch.Tensor, rows_B: torch.Tensor) -> None:
         """All heads guess after the sequences' last tokens."""
         assert self.heads is not None
-        self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS, self.logprob_RKS)
+        self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])
 
 

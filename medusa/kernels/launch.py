@@ -49,9 +49,3 @@ def pack_pair(value, index):
 @triton.jit
 def packed_index(pair):
     return 0x7FFFFFFF - (pair & 0x7FFFFFFF)
-
-
-@triton.jit
-def packed_value(pair):
-    key = (pair >> 32).to(tl.int32)
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)

@@ -39,7 +39,7 @@ POINTERS = {
     "*i32": "ROWS COUNT DEPTH RANK NUM_GUESSED LIVE ROW NODE VALID START MIN_TOKENS NUM_OUTPUT TOP_K REMAINING PARENT "
     "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT ARRIVED",
     "*i64": "ROOT GUESSES LENGTH TOKENS POSITION STOP SEED CHOICE BEST SAMPLED SAMPLES OUT PAIRS TOKEN_MAP BITS",
-    "*fp32": "SCALE TEMPERATURE TOP_P MIN_P CUT_VALUE SUMS LOGPROB SCORE",
+    "*fp32": "SCALE TEMPERATURE TOP_P MIN_P CUT_VALUE SCORE",
     "*u8": "KEPT",
 }
 STRIDES = {"plane": "i64"} | dict.fromkeys(
@@ -236,8 +236,8 @@ CASES: list[Case] = [
     ),
     *over("sample._sample", types={"LOGITS": "*bf16"}, E=4, GREEDY=True, BLOCK=1024),
     *over("topk._best_of_split", types={"LOGITS": "*bf16"}, K=4, S=32, BLOCK=2048),
-    *over("topk._best_of_all", HEADS=4, K=4, S=10, BX=16, BC=256, MAPPED=[False, True], num_warps=1),
-    *over("topk._best_of_all", HEADS=4, K=4, S=32, BX=64, BC=2048, MAPPED=False),
+    *over("topk._best_of_all", HEADS=4, K=4, S=10, BC=256, MAPPED=[False, True], num_warps=1),
+    *over("topk._best_of_all", HEADS=4, K=4, S=32, BC=2048, MAPPED=False),
     *over("sample._reduce", BM=16, BX=[1, 32]),
     *over("walk._walk", N=64, BN=64, E=4, D=5, BX=32, BD=8, BE=4, PACKED=[True, False], num_warps=1),
     *over("walk._walk", N=192, BN=256, E=4, D=5, BX=32, BD=8, BE=4, PACKED=True, num_warps=1),
