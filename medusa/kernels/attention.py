@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from medusa.kernels.attention_merge import merge_splits, merge_tile, store_rows
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import await_inputs, options
 
@@ -30,14 +31,6 @@ def _load(pointers, inside, d, D: tl.constexpr, BD: tl.constexpr):
         return tl.load(pointers, mask=inside[:, None], other=0.0)
     else:
         return tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(pointers, values, inside, d, D: tl.constexpr, BD: tl.constexpr):
-    if D == BD:
-        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside[:, None])
-    else:
-        tl.store(pointers, values.to(pointers.dtype.element_ty), mask=inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -86,67 +79,6 @@ def _update(qk, seen, v, m, l, acc, PRECISION: tl.constexpr):
     l = l * shrink + tl.sum(p, 1)
     acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return peak, l, acc
-
-
-@triton.jit
-def _merge(
-    PART,
-    LSE,
-    out,
-    flat,
-    head,
-    live,
-    d,
-    num_nodes,
-    SPLITS,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Weighs the splits of a tile by their log-sum-exp; several are read at once, as each read is a trip to L2."""
-    together: tl.constexpr = 64 // BM
-    peak = tl.full([BM], -1e30, tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, BD], tl.float32)
-    for first in tl.range(0, SPLITS, together):
-        s = first + tl.arange(0, together)
-        at = (s[:, None] * num_nodes + flat[None, :]) * H + head[None, :]
-        inside = (s < SPLITS)[:, None] & live[None, :]
-        lse = tl.load(LSE + at, mask=inside, other=-float("inf"), cache_modifier=".cg")
-        columns = inside[:, :, None] & (d < D)[None, None, :]
-        part = tl.load(PART + at[:, :, None] * D + d[None, None, :], mask=columns, other=0.0, cache_modifier=".cg")
-        new = tl.maximum(peak, tl.max(lse, 0))
-        shrink = tl.exp(peak - new)
-        weight = tl.exp(lse - new[None, :])
-        acc = acc * shrink[:, None] + tl.sum(part * weight[:, :, None], 0)
-        total = total * shrink + tl.sum(weight, 0)
-        peak = new
-    _store(out, acc / tl.where(total > 0, total, 1.0)[:, None], live, d, D, BD)
-
-
-@triton.jit(do_not_specialize=["SPLITS", "num_nodes"])
-def _merge_all(
-    PART,
-    LSE,
-    OUT,
-    so_m,
-    so_h,
-    num_nodes,
-    SPLITS,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    HB: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """The merge as a launch of its own: a program a node and HB heads."""
-    head = tl.program_id(1) * HB + tl.arange(0, HB)
-    d = tl.arange(0, BD)
-    flat = tl.program_id(0).to(tl.int64) + tl.zeros([HB], tl.int64)
-    out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
-    await_inputs(PDL)
-    _merge(PART, LSE, out, flat, head, head < H, d, num_nodes, SPLITS, H, D, BD, HB)
 
 
 @triton.jit(do_not_specialize=["SPLITS", "TILES", "num_nodes", "window"])
@@ -271,8 +203,8 @@ def _attend(
                 k = _turned(source, POSITION + fresh, COS, SIN, sc, inside, d, D, BD)
                 v = _load(source[:, None] + (H // GROUP) * sq_h + d[None, :], inside, d, D, BD)
                 mine = inside & (j >= tile * BM // GROUP)  # each tile writes its own nodes
-                _store(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)
-                _store(VALUES + at[:, None] + d[None, :], v, mine, d, D, BD)
+                store_rows(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)
+                store_rows(VALUES + at[:, None] + d[None, :], v, mine, d, D, BD)
             else:
                 k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
                 v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
@@ -291,17 +223,17 @@ def _attend(
     total = tl.where(l > 0, l, 1.0)
     out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
     if WHOLE:
-        _store(out, acc / total[:, None], live, d, D, BD)
+        store_rows(out, acc / total[:, None], live, d, D, BD)
     else:
         at = (split * num_nodes + flat) * H + head
-        _store(PART + at[:, None] * D + d[None, :], acc / total[:, None], live, d, D, BD)
+        store_rows(PART + at[:, None] * D + d[None, :], acc / total[:, None], live, d, D, BD)
         tl.store(LSE + at, tl.where(l > 0, m + tl.log(total), -float("inf")), mask=live)
         if MERGES:
             tl.debug_barrier()  # all of this program's stores come before its count
             counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
             if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
                 tl.store(counter, 0)
-                _merge(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
+                merge_tile(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
 
 
 def registers(rows: int, group: int, pdl: bool, whole: bool) -> dict[str, int]:
@@ -366,9 +298,5 @@ def attend(
         **options(pdl),
     )  # fmt: skip
     if not whole and not merges:
-        block = min(8, triton.next_power_of_2(heads))
-        _merge_all[(num_nodes, triton.cdiv(heads, block))](
-            scratch.part, scratch.lse, out_MHD, out_MHD.stride(0), out_MHD.stride(1), num_nodes, plan.splits,
-            H=heads, D=size, BD=triton.next_power_of_2(size), HB=block, PDL=pdl, num_warps=4, **options(pdl),
-        )  # fmt: skip
+        merge_splits(scratch, plan.splits, out_MHD, pdl=pdl)
     return out_MHD

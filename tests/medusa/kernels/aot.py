@@ -168,7 +168,7 @@ def attentions() -> list[Case]:
         _attention(MODELS[1], tree, chain=False, fresh=True, window=True),
         _attention(MODELS[0], chained, chain=True, window=True, softcap=True),
         *over(
-            "attention._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
+            "attention_merge._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
             H=[32, 52], D=128, BD=128, HB=8,
         ),
     ]  # fmt: skip
