@@ -81,7 +81,7 @@ class Comparison:
 def compare(config: ServerConfig, load: Load, *, through: Through = "uvicorn") -> list[Comparison]:
     """Runs both sides. The engine's batch is as large as the largest concurrency."""
     config = replace(config, max_batch_size=max(config.max_batch_size, *load.concurrencies))
-    alone = _in_new_process(measure_engine, config, load)
+    alone = in_new_process(measure_engine, config, load)
     with _running(config, through) as url:
         served = [asyncio.run(measure_service(url, config, load, c)) for c in load.concurrencies]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
@@ -94,12 +94,12 @@ def measure_engine(config: ServerConfig, load: Load) -> list[Side]:
     prompts = load.prompts(engine.tokenizer.vocab_size)
     sides = []
     for concurrency in load.concurrencies:
-        _run_engine(engine, prompts[:WARM_UP], params, concurrency)
-        sides.append(_run_engine(engine, prompts, params, concurrency))
+        run_engine(engine, prompts[:WARM_UP], params, concurrency)
+        sides.append(run_engine(engine, prompts, params, concurrency))
     return sides
 
 
-def _run_engine(engine: Engine, prompts: list[list[int]], params: SamplingParams, concurrency: int) -> Side:
+def run_engine(engine: Engine, prompts: list[list[int]], params: SamplingParams, concurrency: int) -> Side:
     waiting = list(reversed(prompts))
     added: dict[str, float] = {}
     first: dict[str, float] = {}
@@ -132,7 +132,7 @@ async def _run_service(session: aiohttp.ClientSession, prompts: list[list[int]],
     async def work() -> None:
         nonlocal tokens
         while waiting:
-            seconds, count = await _ask(session, waiting.pop(), load)
+            seconds, count = await ask(session, waiting.pop(), load.reply_tokens)
             first.append(seconds)
             tokens += count
 
@@ -141,11 +141,11 @@ async def _run_service(session: aiohttp.ClientSession, prompts: list[list[int]],
     return Side.of(tokens, time.perf_counter() - started, first)
 
 
-async def _ask(session: aiohttp.ClientSession, prompt: list[int], load: Load) -> tuple[float, int]:
+async def ask(session: aiohttp.ClientSession, prompt: list[int], reply_tokens: int) -> tuple[float, int]:
     """Seconds to the first token, and tokens. Raises for a reply that is not whole."""
     body = {
         "prompt": prompt,
-        "max_tokens": load.reply_tokens,
+        "max_tokens": reply_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
@@ -159,8 +159,8 @@ async def _ask(session: aiohttp.ClientSession, prompt: list[int], load: Load) ->
                 first = first or time.perf_counter() - started
                 last = line
     usage = json.loads(last[6:])["usage"]
-    if first is None or usage["completion_tokens"] != load.reply_tokens:
-        raise RuntimeError(f"a reply of {load.reply_tokens} tokens was asked for, its usage is {usage}")
+    if first is None or usage["completion_tokens"] != reply_tokens:
+        raise RuntimeError(f"a reply of {reply_tokens} tokens was asked for, its usage is {usage}")
     return first, usage["completion_tokens"]
 
 
@@ -183,7 +183,7 @@ def _running(config: ServerConfig, through: Through) -> Iterator[str]:
         process.join(60)
 
 
-def _in_new_process(function: Any, *arguments: Any) -> Any:
+def in_new_process(function: Any, *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -9,6 +9,7 @@ from benchmarks.serve import serve
 from benchmarks.steps import steps
 from benchmarks.trees import trees
 from cli.bench_distill import distill
+from cli.bench_scale import scale
 from cli.quantization import quantization
 
 app = typer.Typer(
@@ -21,3 +22,4 @@ app.command()(serve)
 app.command()(trees)
 app.command()(quantization)
 app.command()(distill)
+app.command()(scale)

@@ -11,8 +11,8 @@ MIN_CPUS = 4  # fewer logical CPUs make Ray Train with its controller wait for e
 
 
 @contextmanager
-def ray_cluster() -> Iterator[None]:
-    """Connects or starts, and leaves or stops only what it started.
+def ray_cluster(min_cpus: int = MIN_CPUS) -> Iterator[None]:
+    """Connects or starts (with `min_cpus` logical CPUs at least), and leaves or stops only what it started.
 
     An embedded Ray listens on this machine alone and is gone with the command, so it needs no token and sends no
     usage statistics unless the environment says otherwise.
@@ -33,7 +33,7 @@ def ray_cluster() -> Iterator[None]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",
-            num_cpus=max(MIN_CPUS, os.cpu_count() or 1),
+            num_cpus=max(min_cpus, os.cpu_count() or 1),
             object_store_memory=2**30,
             include_dashboard=False,
             logging_level=logging.WARNING,

@@ -19,7 +19,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from pipelines.prompt_files import Prompt
 from pipelines.prompts import write_prompts
 
 if TYPE_CHECKING:
+    from medusa import Engine
     from pipelines.run import ModelConfig, RunContext
 
 
@@ -136,7 +137,7 @@ def markdown(result: DistillBench) -> str:
 
 def _pair(context: RunContext, config: DistillConfig, prompts: Sequence[Prompt], *, alone_first: bool) -> Pair:
     alone = _alone(context.model, config, prompts) if alone_first else None
-    ray = _behind_ray(context, config, prompts)
+    ray = behind_ray(context, config, prompts)
     return alone or _alone(context.model, config, prompts), ray
 
 
@@ -168,12 +169,18 @@ def _generate(model: ModelConfig, config: DistillConfig, prompts: Sequence[Promp
     )
 
 
-def _behind_ray(context: RunContext, config: DistillConfig, prompts: Sequence[Prompt]) -> Side:
+def behind_ray(
+    context: RunContext,
+    config: DistillConfig,
+    prompts: Sequence[Prompt],
+    build_engine: Callable[[], Engine] | None = None,
+) -> Side:
+    """The distil step in a folder of its own, which is removed."""
     root = Path(tempfile.mkdtemp(prefix="bench-distill-", dir=context.root))
     try:
         write_prompts(root / "prompts.parquet", prompts)
         started = time.monotonic()
-        output = distill(replace(context, root=root), config, root / "prompts.parquet")
+        output = distill(replace(context, root=root), config, root / "prompts.parquet", build_engine=build_engine)
         whole = time.monotonic() - started
         stepping, rows = output.manifest["stepping"], pq.read_table(output.path / DATA).to_pylist()
         return Side(

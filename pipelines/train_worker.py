@@ -89,7 +89,7 @@ def train_on_ray(job_config: Mapping[str, Any]) -> TrainOutcome:
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
     if not job.use_gpu:
         torch.set_num_threads(max(int(job.config.cpus_per_worker), 1))
-    wrap = shard if job.config.sharding == "fsdp" else _distributed
+    wrap = shard if job.config.sharding == "fsdp" else distributed
     trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=wrap)
     return run_training(job, trainer, RayCheckpoints(rank), leads=rank == 0)
 
@@ -301,7 +301,7 @@ def read_records(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _distributed(module: nn.Module) -> nn.Module:
+def distributed(module: nn.Module) -> nn.Module:
     return ray.train.torch.prepare_model(
         module,
         parallel_strategy="ddp",

@@ -1,0 +1,1 @@
+"""How throughput grows with workers: distillation, training, serving and tensor parallelism, measured in parts."""

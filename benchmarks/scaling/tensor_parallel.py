@@ -1,0 +1,57 @@
+"""Decoding by one engine spread over several devices: steps and tokens a second beside one device.
+
+A contender of the engine's own: it passes `tensor_parallel` and nothing else changes. Each number of devices runs in a
+process of its own, so that memory is free again for the next.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.scaling.config import ScaleConfig
+from benchmarks.scaling.points import Deadline, LeftOut, Point
+from benchmarks.serving import Load, in_new_process, run_engine
+from medusa import Engine, SamplingParams
+
+OPTION = "tensor_parallel"
+
+
+def tensor_parallel(config: ScaleConfig, deadline: Deadline) -> Iterator[Point]:
+    if OPTION not in inspect.signature(Engine.from_pretrained).parameters:
+        raise LeftOut(f"this engine decodes on one device: Engine.from_pretrained has no option {OPTION}")
+    took = 0.0
+    for workers in config.workers:
+        deadline.ensure(took, f"{workers} device(s)")
+        started = time.monotonic()
+        speeds = in_new_process(measure, config, workers)
+        took = max(took, time.monotonic() - started)
+        for concurrency, values in speeds.items():
+            yield Point(f"tensor parallel, {concurrency} at once", workers, "tokens/s", values)
+
+
+def measure(config: ScaleConfig, workers: int) -> dict[int, tuple[float, ...]]:
+    """Tokens a second of each repeat by concurrency, prefill included."""
+    spread = {OPTION: workers} if workers > 1 else {}
+    engine = Engine.from_pretrained(
+        config.model,
+        config.heads,
+        device=config.device,
+        dtype=None if config.dtype is None else getattr(torch, config.dtype),
+        max_batch_size=max(config.concurrency),
+        kv_cache_gb=config.kv_cache_gb,
+        speculation="auto" if config.heads else "off",
+        **spread,
+    )
+    params = SamplingParams(max_tokens=config.reply_tokens, temperature=0.0, ignore_eos=True)
+    speeds = {}
+    for concurrency in config.concurrency:
+        load = Load(requests=2 * concurrency, prompt_tokens=config.prompt_tokens, reply_tokens=config.reply_tokens)
+        prompts = load.prompts(engine.tokenizer.vocab_size)
+        run_engine(engine, prompts[:concurrency], params, concurrency)
+        runs = [run_engine(engine, prompts, params, concurrency) for _ in range(config.repeats)]
+        speeds[concurrency] = tuple(run.tokens_per_second for run in runs)
+    return speeds
