@@ -1,7 +1,9 @@
 """What Ray itself takes, whatever the device: processor time of the driver a block, of the proxy a request and a chunk.
 
 Both are one process and bound what many workers can be given, so processor time counts, not the clock: it does not
-depend on what else shares the cores. The work behind them is nothing: actors that answer blocks at once, a replica
+depend on what else shares the cores. Of the driver it is all of its threads together. Of the proxy it is the busiest
+one, its event loop, beside which others may run on other cores; "all threads" is what one core would have to bear. The
+work behind them is nothing: actors that answer blocks at once, a replica
 that streams chunks without a model.
 """
 
@@ -31,7 +33,7 @@ from pipelines.block_actor import BlockReport, block_task
 from pipelines.prompt_files import Prompt
 
 FEW, MANY, PROMPTS_A_BLOCK = 40, 340, 64
-REQUESTS, AT_ONCE, CHUNKS = 200, 16, 33
+REQUESTS, AT_ONCE, CHUNKS = 200, 32, 65
 CHUNK = b"data: " + json.dumps({"id": "cmpl-0" * 6, "choices": [{"index": 0, "text": " word", "x": "y" * 90}]}).encode()
 
 
@@ -41,13 +43,11 @@ def overheads(config: ScaleConfig, deadline: Deadline) -> Iterator[Point]:
     deadline.ensure(0.0, "the proxy")
     with _nothing_served() as (url, proxy):
         asyncio.run(_ask_all(url, 1))  # connections and code paths once
-        short, long = [], []
-        for _ in range(config.repeats):
-            short.append(_proxy_seconds(url, proxy, chunks=1))
-            long.append(_proxy_seconds(url, proxy, chunks=CHUNKS))
-    chunk = [max((b - a) / (CHUNKS - 1), 1e-9) for a, b in zip(short, long, strict=True)]
-    yield Point("proxy, a request of one chunk", 1, "CPU s", tuple(short))
-    yield Point("proxy, a further chunk", 1, "CPU s", tuple(chunk), told={"bytes": len(CHUNK)})
+        runs = [[_proxy_seconds(url, proxy, chunks) for chunks in (1, CHUNKS)] for _ in range(config.repeats)]
+    request = [[short[kind] for short, _ in runs] for kind in range(2)]
+    chunk = [[(long[kind] - short[kind]) / (CHUNKS - 1) for short, long in runs] for kind in range(2)]
+    for name, (busiest, together) in (("a request of one chunk", request), ("a further chunk", chunk)):
+        yield Point(f"proxy, {name}", 1, "CPU s", tuple(busiest), told={"all threads": together, "bytes": len(CHUNK)})
 
 
 class IdleActor:
@@ -129,12 +129,16 @@ def _listener(port: int) -> psutil.Process:
     raise RuntimeError(f"no process listens on {port}")
 
 
-def _proxy_seconds(url: str, proxy: psutil.Process, chunks: int) -> float:
-    """Of the proxy, a request."""
-    before = proxy.cpu_times()
+def _proxy_seconds(url: str, proxy: psutil.Process, chunks: int) -> tuple[float, float]:
+    """Of the proxy, a request: its busiest thread, and all of them."""
+    before = _thread_seconds(proxy)
     asyncio.run(_ask_all(url, chunks))
-    after = proxy.cpu_times()
-    return (after.user + after.system - before.user - before.system) / REQUESTS
+    spent = [seconds - before.get(thread, 0.0) for thread, seconds in _thread_seconds(proxy).items()]
+    return max(spent) / REQUESTS, sum(spent) / REQUESTS
+
+
+def _thread_seconds(process: psutil.Process) -> dict[int, float]:
+    return {thread.id: thread.user_time + thread.system_time for thread in process.threads()}
 
 
 async def _ask_all(url: str, chunks: int) -> None:

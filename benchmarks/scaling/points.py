@@ -31,16 +31,14 @@ class PartTimeout(CutShort):
 
 @dataclass(frozen=True)
 class Point:
-    """A series at a number of workers: one value a repeat, in `unit`. `alone` names the series whose one worker is the
-    base of the ratio (its own by default); `told` are figures beside the values. `target` is the share of linear growth
-    that is aimed at; None: there is nothing to be linear in."""
+    """A series at a number of workers: one value a repeat, in `unit`. `target` is the share of linear growth that is
+    aimed at; None: there is nothing to be linear in. `told` are figures beside the values."""
 
     series: str
     workers: int
     unit: str
     values: tuple[float, ...]
     target: float | None = None
-    alone: str | None = None
     told: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,11 +60,11 @@ class Point:
 def of_linear(point: Point, points: Sequence[Point]) -> Interval | None:
     """The point's values over as many times the one worker's median of the same part. The ends pair the slower quarter
     of the one with the faster of the other, so they are no narrower than the ratio's own. None without a base."""
-    base = [other for other in points if other.workers == 1 and other.series == (point.alone or point.series)]
+    base = [other for other in points if other.workers == 1 and other.series == point.series]
     if point.target is None or not base or base[0].unit != point.unit:
         return None
     mine, one = point.interval, base[0].interval
-    if point.workers == 1 and base[0] is point:
+    if point.workers == 1:
         return Interval(1.0, 1.0, 1.0)
     n = point.workers
     return Interval(mine.median / (n * one.median), mine.low / (n * one.high), mine.high / (n * one.low))

@@ -15,8 +15,8 @@ from benchmarks.scaling.points import Point, Status, of_linear
 
 COLUMNS = ("part", "series", "workers", "median (quartiles)", "unit", "of linear", "target", "beside")
 SHARED = (
-    "Workers on CPUs share the machine's cores, so their growth says nothing of workers with a device each: such figures "
-    "show that a part runs with that many workers, and no ratio is given."
+    "Workers on CPUs share the machine's cores, so their growth says nothing of workers with a device each: such "
+    "figures show that a part runs with that many workers, and no ratio is given."
 )
 
 
@@ -41,7 +41,8 @@ class Part:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Part:
         points = tuple(Point.from_dict(point) for point in content["points"])
-        return cls(**{**content, "machine": Machine(**content["machine"]), "points": points})
+        known = {name: value for name, value in content.items() if name != "of_linear"}  # which follows from the points
+        return cls(**{**known, "machine": Machine(**content["machine"]), "points": points})
 
 
 def write_report(out: Path, parts: Sequence[Part]) -> None:

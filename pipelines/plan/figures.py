@@ -27,11 +27,21 @@ class Gpu:
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """Of one GPU, in one direction."""
+
+    gb_s: float
+    source: str
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class DecodeRow:
     gpu: str
     model: str
     batch: int
     nodes: int
+    context: int = 512
     seconds: float
     source: str
 
@@ -57,10 +67,47 @@ class LadderRow:
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class RayRow:
+    """Processor seconds of Ray's single processes: the driver's a block of distillation (of `rows_per_block` prompts);
+    the proxy's a request with one chunk, and a further chunk, of its busiest thread and of all its threads."""
+
+    cpu: str
+    block_s: float
+    rows_per_block: int
+    request_s: float
+    chunk_s: float
+    request_all_s: float
+    chunk_all_s: float
+    source: str
+
+    def proxy_seconds(self, chunks: float) -> tuple[float, float]:
+        """Of a reply of so many chunks: at least (threads beside each other), at most (all on one core)."""
+        at_least = self.request_s + (chunks - 1) * self.chunk_s
+        return at_least, self.request_all_s + (chunks - 1) * self.chunk_all_s
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class RepliesRow:
+    """Reply lengths in tokens: the shortest, each tenth, the longest."""
+
+    model: str
+    deciles: list[float]
+    source: str
+
+    def __post_init__(self) -> None:
+        if len(self.deciles) != 11 or sorted(self.deciles) != self.deciles or self.deciles[0] < 0:
+            raise ValueError(f"deciles are 11 rising lengths, the shortest to the longest, got {self.deciles}")
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     decode: list[DecodeRow] = field(default_factory=list)
     train: list[TrainRow] = field(default_factory=list)
     tokens_per_step: list[LadderRow]
+    ray: list[RayRow]
+    replies: list[RepliesRow]
 
 
 @strict
@@ -90,12 +137,15 @@ class Assumptions:
     memory_share: float
     runtime_gb: float
     utilisation: float
+    link_share: float
+    collective_latency_us: float
 
 
 @strict
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     gpus: dict[str, Gpu]
+    links: dict[str, Link]
     models: dict[str, ModelShape]
     measured: Measured
     published: Published

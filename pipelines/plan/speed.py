@@ -15,7 +15,7 @@ from pipelines.plan.figures import Figure, Figures, Gpu, Method
 from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
 
 TERA = 1e12
-CONTEXT = 512  # committed tokens that a measured decode step is taken to have had
+SAME_CONTEXT = 1.1  # a measured step speaks as it is for contexts up to so much longer or shorter
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: H
         rows = [row for row in machine.figures.measured.decode if (row.gpu, row.model) == (machine.gpu_name, name)]
         if not rows:
             continue
-        exact = [row for row in rows if (row.batch, row.nodes) == (batch, nodes)]
+        alike = [row for row in rows if (row.batch, row.nodes) == (batch, nodes)]
+        exact = [row for row in alike if _distance(row.context, context) <= SAME_CONTEXT]
         if name == machine.model and exact:
             return Figure(exact[0].seconds, "measured", exact[0].source)
         near = min(rows, key=lambda row: _distance(row.batch, batch) + _distance(row.nodes, nodes))
-        said = decode_formula(machine, machine.figures.models[name], near.batch, near.nodes, CONTEXT, heads)
-        how = f"formula * {near.seconds / said:.2f}, as {name} at {near.batch} x {near.nodes} ({near.source})"
+        said = decode_formula(machine, machine.figures.models[name], near.batch, near.nodes, near.context, heads)
+        shape = f"{near.batch} x {near.nodes}, {near.context} tokens"
+        how = f"formula * {near.seconds / said:.2f}, as {name} at {shape} ({near.source})"
         return Figure(formula * near.seconds / said, "derived", how)
     return Figure(formula, "estimate", "bytes and flops of the data sheet at assumed shares")
 
