@@ -13,23 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.pipeline import Overrides
+from cli.plan_scale import scale
 from medusa.checkpoint import read_meta
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
 from medusa.tree import TokenTree
-from pipelines.plan.figures import Basis, Figure, Figures, load_figures
+from pipelines.plan.figures import BASIS_WORDS, Figure, Figures, load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.serving import Load, ServePlan, expected_ladder, plan_serving
 from pipelines.plan.shapes import HeadsCost, ModelShape, model_shape
 from pipelines.plan.training import Data, TrainPlan, plan_training
 from pipelines.run import load_pipeline
 
-WORDS: dict[Basis, str] = {
-    "measured": "measured",
-    "derived": "derived from a measurement of a similar model",
-    "published": "rests on figures published by others",
-    "estimate": "estimate by formula, not measured",
-}
 GpuOption = Annotated[str, typer.Option(help="A kind of GPU in pipelines/plan/figures.yaml.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Everything that was computed, as JSON.")]
 plan_app = typer.Typer(
@@ -37,6 +32,9 @@ plan_app = typer.Typer(
     "`medusa plan serve MODEL --requests-per-second 40`",
     no_args_is_help=True,
 )
+
+
+plan_app.command()(scale)
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -165,7 +163,7 @@ def _print_training(model: str, data: Data, plan: TrainPlan) -> None:
     distilling = " + ".join(f"{name} {gib:.1f}" for name, gib in plan.distill_memory.items())
     table.add_row("memory of each GPU, distilling", f"{sum(plan.distill_memory.values()):.1f} GiB", distilling)
     for name, hours in (("distil", plan.distill_hours), ("train", plan.train_hours), ("both", plan.hours)):
-        table.add_row(name, _time(hours.value), f"{WORDS[hours.basis]} ({hours.how})")
+        table.add_row(name, _time(hours.value), f"{BASIS_WORDS[hours.basis]} ({hours.how})")
     console = Console()
     console.print(table)
     console.print(
@@ -204,7 +202,7 @@ def _print_serving(model: str, load: Load, plan: ServePlan, figures: Figures) ->
         f"a second of {load.prompt_tokens} + {load.reply_tokens} tokens; {plain}\n"
         f"{plan.point.ms_per_token:.1f} ms a token, first token after {plan.first_token_ms.value:.0f} ms, "
         f"{plan.memory['KV cache']:.1f} GiB of KV cache a replica\n"
-        f"{WORDS[plan.basis]}; tokens a step: {plan.tokens_per_step.basis} ({plan.tokens_per_step.how})",
+        f"{BASIS_WORDS[plan.basis]}; tokens a step: {plan.tokens_per_step.basis} ({plan.tokens_per_step.how})",
         highlight=False,
         soft_wrap=True,
     )

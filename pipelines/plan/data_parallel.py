@@ -87,13 +87,12 @@ def step_work(shape: ModelShape, recipe: Recipe, tokens: int, tokens_per_second:
 
 
 def backward_share(shape: ModelShape, recipe: Recipe, reply_share: float) -> float:
-    """Of a step's arithmetic: two thirds of what learns, gradients of the backbone's activations, layers run again."""
+    """Of a step's arithmetic: two thirds of the heads' blocks, and what the backbone's own backward takes. Gradients of
+    vocabulary matrices are taken in the forward (medusa/training/chunked.py) and only handed over in the backward."""
     alone, joint = flops_per_token(shape, recipe, reply_share)
-    backbone, heads = 2.0 * shape.layer_parameters, recipe.heads
-    matrices = heads.num_heads * heads.head_vocab_size * heads.hidden_size * reply_share
-    of_heads = 4.0 * block_parameters(heads, recipe.kind) + (2.0 if heads.vocabulary == "shared" else 4.0) * matrices
+    of_blocks = 4.0 * block_parameters(recipe.heads, recipe.kind)
     if recipe.method == "heads":
-        return of_heads / alone
+        return of_blocks / alone
+    backbone = 2.0 * shape.layer_parameters
     again = backbone if recipe.checkpointing else 0.0
-    own = backbone * (1.0 if recipe.method == "lora" else 2.0)
-    return (of_heads + own + again + 2.0 * shape.vocabulary_parameters * reply_share) / joint
+    return (of_blocks + backbone * (1.0 if recipe.method == "lora" else 2.0) + again) / joint

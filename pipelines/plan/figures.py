@@ -14,6 +14,12 @@ FIGURES = Path(__file__).with_name("figures.yaml")
 SIMILAR = 4.0  # a measurement speaks for models up to so much larger or smaller
 Method = Literal["heads", "lora", "full"]
 Basis = Literal["measured", "derived", "published", "estimate"]
+BASIS_WORDS: dict[Basis, str] = {
+    "measured": "measured",
+    "derived": "derived from a measurement of a similar model",
+    "published": "rests on figures published by others",
+    "estimate": "estimate by formula, not measured",
+}
 
 
 @strict

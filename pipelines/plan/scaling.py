@@ -23,7 +23,6 @@ from pipelines.plan.shapes import ModelShape
 from pipelines.plan.speed import Machine, decode_step, prefill, train_speed
 from pipelines.plan.training import Recipe, flops_per_token
 
-MERGE_S = 0.02  # the service's merge_chunks_s: under load the chunks of a stream are that far apart
 REPLIES_A_CLIENT = 8  # of a serving run
 MAX_GPUS = 64
 
@@ -31,7 +30,8 @@ MAX_GPUS = 64
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """What is scaled. `batch` is replies at once an engine, for distillation and serving; `rows` prompts an actor;
-    `step_tokens` training tokens a GPU and step. Networks are names of figures.yaml's links."""
+    `merge_chunks_s` the service's setting: under load the chunks of a stream are that far apart. `step_tokens` training
+    tokens a GPU and step. `inside` and `across` are links of figures.yaml."""
 
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     prompt_tokens: int = 300
@@ -39,6 +39,7 @@ class Question:
     batch: int = 64
     rows: int = 1024
     rows_per_block: int = 64
+    merge_chunks_s: float = 0.02
     step_tokens: int = 16384
     num_heads: int = 4
     vocabulary: str = "own"
@@ -179,7 +180,7 @@ def _serve(
 def _chunks(engines: Engines, question: Question) -> float:
     """Of a mean reply's stream, in a full batch."""
     step = engines.step_seconds(question.batch)
-    return question.reply_tokens * step / max(step, MERGE_S)
+    return question.reply_tokens * step / max(step, question.merge_chunks_s)
 
 
 def reply_lengths(figures: Figures, question: Question, count: int) -> list[int]:

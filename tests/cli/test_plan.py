@@ -58,3 +58,12 @@ def test_a_calibrated_checkpoint_brings_its_own_ladder(tmp_path):
     plan = json.loads(run(*asked))
     assert plan["tokens_per_step"]["basis"] == "measured" and plan["tokens_per_step"]["value"] == 1.6
     assert {point["nodes"] for point in plan["points"]} <= {1, 2, 3}
+
+
+def test_growth_is_called_simulated_and_names_its_inputs():
+    small = ["scale", VICUNA, "--gpus", "1,2", "--rows", "32", "--rows-per-block", "8", "--batch", "4"]
+    told = run(*small)
+    assert "Simulated: " in told and "What limits 2 GPUs" in told and "estimate by formula, not measured" in told
+    plan = json.loads(run(*small, "--json"))
+    assert plan["simulated"] is True and [row["gpus"] for row in plan["rows"]] == [1, 2]
+    assert plan["rows"][0]["distil"] == 1.0 and plan["inputs"]["nvlink-4, GB/s"]["how"]
