@@ -1,4 +1,7 @@
-"""`medusa bench scale`: what more workers give, measured by benchmarks/scaling/."""
+"""`medusa bench scale`: what more workers give, measured by benchmarks/scaling/.
+
+`python -m cli.bench_scale` is the same where not all packages of the project are installed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def scale(
     model: Annotated[str, typer.Option(help="The backbone: a folder or hub id.")] = "models/chat-8m",
     heads: Annotated[str | None, typer.Option(help="Medusa heads to distil and serve with; else plainly.")] = None,
     inflate: Annotated[
-        str | None, typer.Option(help="Embed model and heads in a larger shape first: vicuna-7b, ...")
+        str | None, typer.Option(help="Embed model and heads in a larger shape first (kept in --out): vicuna-7b, ...")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts to distil; default: the demo's.")] = None,
     rows: Annotated[int, typer.Option(help="Prompts to distil, an actor.")] = 256,
@@ -86,8 +89,8 @@ def scale(
     )
     console = Console()
     cluster = partial(ray_cluster, min_cpus=2 * config.most + 4)  # logical ones: workers, their controllers, proxies
-    with inflated(config) as ready:
-        done = ScaleBenchmark(ready, cluster, lambda text: console.print(text, highlight=False)).run()
+    benchmark = ScaleBenchmark(inflated(config), cluster, lambda text: console.print(text, highlight=False))
+    done = benchmark.run()
     console.print(Markdown((out / "scale.md").read_text()))
     console.print(f"figures: {out / 'scale.json'}", highlight=False)
     if any(part.status == "failed" for part in done):
@@ -99,3 +102,7 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     if not parts or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise typer.BadParameter(f"{text!r} is no list of numbers from 1 on with commas between", param_hint=option)
     return tuple(sorted(set(map(int, parts))))
+
+
+if __name__ == "__main__":
+    typer.run(scale)

@@ -9,6 +9,7 @@ that stand in <out> as measured, on such a machine with these settings, are kept
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -21,25 +22,20 @@ from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from benchmarks.scaling.config import PARTS, ScaleConfig
-from benchmarks.scaling.distilling import distilling
 from benchmarks.scaling.machine import Machine, describe
-from benchmarks.scaling.overheads import overheads
 from benchmarks.scaling.points import CutShort, Deadline, LeftOut, Point, alarm
 from benchmarks.scaling.report import Part, told, write_report
-from benchmarks.scaling.serving import autoscale, serving
-from benchmarks.scaling.tensor_parallel import tensor_parallel
-from benchmarks.scaling.training import medusa_1, medusa_2
 from medusa.config import ConfigError
 
 GRACE = 1.15  # of a part's time, until it is broken off; its own stops should come first
-MEASURES: dict[str, Callable[[ScaleConfig, Deadline], Iterator[Point]]] = {
-    "ray": overheads,
-    "distill": distilling,
-    "medusa-1": medusa_1,
-    "medusa-2": medusa_2,
-    "serve": serving,
-    "autoscale": autoscale,
-    "tensor-parallel": tensor_parallel,
+MEASURES = {  # loaded when their turn comes, so that a machine needs only the packages of what it measures
+    "ray": "benchmarks.scaling.overheads:overheads",
+    "distill": "benchmarks.scaling.distilling:distilling",
+    "medusa-1": "benchmarks.scaling.training:medusa_1",
+    "medusa-2": "benchmarks.scaling.training:medusa_2",
+    "serve": "benchmarks.scaling.serving:serving",
+    "autoscale": "benchmarks.scaling.serving:autoscale",
+    "tensor-parallel": "benchmarks.scaling.tensor_parallel:tensor_parallel",
 }
 WITHOUT_RAY = {"tensor-parallel"}  # the devices are its own
 Cluster = Callable[[], AbstractContextManager[None]]
@@ -67,6 +63,10 @@ class ScaleBenchmark:
                 self.say(f"{name}: kept as measured")
                 continue
             seconds = (ends - time.monotonic()) / (len(asked) - number)
+            if seconds <= 0:
+                parts.setdefault(name, replace(fresh, why="no time was left for it"))
+                _write(config.out, parts, plot=False)
+                continue
             self._measure(config, fresh, min(seconds, config.part_limit), parts)
         return list(parts.values())
 
@@ -75,14 +75,14 @@ class ScaleBenchmark:
         started = time.monotonic()
         part = replace(part, started=time.strftime("%Y-%m-%d %H:%M:%S"), why="the run ended here")
 
-        def save(now: Part) -> None:
+        def save(now: Part, *, plot: bool = False) -> None:
             parts[now.name] = replace(now, seconds=round(time.monotonic() - started, 1))
-            write_report(config.out, [parts[name] for name in PARTS if name in parts])
+            _write(config.out, parts, plot=plot)
 
         status, why = "measured", ""
         try:
             with nullcontext() if part.name in WITHOUT_RAY else self.cluster(), alarm(GRACE * seconds):
-                for point in MEASURES[part.name](config, Deadline(seconds)):
+                for point in _measure_of(part.name)(config, Deadline(seconds)):
                     part = part.with_point(point)
                     self.say(told(point))
                     save(part)
@@ -90,10 +90,17 @@ class ScaleBenchmark:
             status, why = "left out", str(reason)
         except CutShort as reason:
             status, why = "cut short", str(reason)
+        except ImportError as error:
+            status, why = "left out", f"a package is missing here: {error}"
         except (RuntimeError, OSError, RayError, TrainingFailedError) as error:
             status, why = "failed", f"{type(error).__name__}: {str(error)[:500]}"
         self.say(f"{part.name}: {status}{f' ({why})' if why else ''}")
-        save(replace(part, status=status, why=why))  # type: ignore[arg-type]
+        save(replace(part, status=status, why=why), plot=True)  # type: ignore[arg-type]
+
+
+def _measure_of(part: str) -> Callable[[ScaleConfig, Deadline], Iterator[Point]]:
+    module, _, name = MEASURES[part].partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _check(config: ScaleConfig, machine: Machine) -> None:
@@ -107,6 +114,10 @@ def _check(config: ScaleConfig, machine: Machine) -> None:
 def _is_done(part: Part | None, fresh: Part) -> bool:
     same = part is not None and (part.machine, part.settings) == (fresh.machine, fresh.settings)
     return same and part is not None and part.status in ("measured", "left out")
+
+
+def _write(out: Path, parts: dict[str, Part], *, plot: bool) -> None:
+    write_report(out, [parts[name] for name in PARTS if name in parts], plot=plot)
 
 
 def _read(out: Path) -> dict[str, Part]:

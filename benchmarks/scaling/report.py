@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,12 +46,13 @@ class Part:
         return cls(**{**known, "machine": Machine(**content["machine"]), "points": points})
 
 
-def write_report(out: Path, parts: Sequence[Part]) -> None:
-    """scale.json, scale.md and scale.png of all parts."""
+def write_report(out: Path, parts: Sequence[Part], *, plot: bool) -> None:
+    """scale.json and scale.md of all parts, and scale.png where it is asked for and matplotlib is installed."""
     content = {"parts": [{**asdict(part), "of_linear": shares(part)} for part in parts]}
     write_atomically(out / "scale.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     write_atomically(out / "scale.md", lambda path: path.write_text(markdown(parts)))
-    _plot(out / "scale.png", parts)
+    if plot and importlib.util.find_spec("matplotlib"):
+        _plot(out / "scale.png", parts)
 
 
 def shares(part: Part) -> list[dict[str, Any]]:
