@@ -85,4 +85,4 @@ def _print(model: str, gpu: str, plan: ScalePlan) -> None:
 
 
 def _served(row: Scaled) -> list[str]:
-    return [f"{worst:.2f} to {best:.2f}" for worst, best in (row.one_proxy, row.proxy_a_node)]
+    return [f"{min(ends):.2f} to {max(ends):.2f}" for ends in (row.one_proxy, row.proxy_a_node)]

@@ -54,4 +54,6 @@ def measure(config: ScaleConfig, workers: int) -> dict[int, tuple[float, ...]]:
         run_engine(engine, prompts[:concurrency], params, concurrency)
         runs = [run_engine(engine, prompts, params, concurrency) for _ in range(config.repeats)]
         speeds[concurrency] = tuple(run.tokens_per_second for run in runs)
+    if spread:
+        engine.close()
     return speeds
