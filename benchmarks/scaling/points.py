@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from benchmarks.measure import Interval
 
+AGAIN_S = 30.0  # an alarm that something swallowed comes again
+
 Status = Literal["measured", "cut short", "left out", "failed"]
 
 
@@ -93,14 +95,21 @@ def alarm(seconds: float) -> Iterator[None]:
     if math.isinf(seconds) or threading.current_thread() is not threading.main_thread():
         yield
         return
+    expired = False
 
     def expire(number: int, frame: FrameType | None) -> None:
-        raise PartTimeout(f"it did not end within {seconds:.0f} s")
+        nonlocal expired
+        expired = True
+        raise KeyboardInterrupt  # the one exception that Ray, waiting, lets a signal's handler raise
 
     started, handler = time.monotonic(), signal.signal(signal.SIGALRM, expire)
-    before, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    before, _ = signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN_S)
     try:
         yield
+    except KeyboardInterrupt:
+        if not expired:
+            raise
+        raise PartTimeout(f"it did not end within {seconds:.0f} s") from None
     finally:
         left = max(before - (time.monotonic() - started), 0.01) if before else 0.0
         signal.signal(signal.SIGALRM, handler)

@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
 from benchmarks.scaling import bench, tensor_parallel, training
 from benchmarks.scaling.bench import ScaleBenchmark
 from benchmarks.scaling.clients import Answered, requests_of, tokens_per_second
 from benchmarks.scaling.config import PARTS, ScaleConfig
+from benchmarks.scaling.distilling import Together
 from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.models import inflated
 from benchmarks.scaling.points import CutShort, Deadline, LeftOut, PartTimeout, Point, alarm, of_linear
@@ -274,6 +276,14 @@ def measured(name: str, config: ScaleConfig) -> dict[tuple[str, int], Point]:
 
 
 @pytest.mark.ray
+def test_a_part_that_waits_for_ray_is_broken_off(ray_cluster):
+    together = ray.remote(num_cpus=0)(Together).remote(2)
+    with pytest.raises(PartTimeout), alarm(1.0):
+        ray.get(together.arrive.remote())
+    ray.get(together.arrive.remote())  # the second has come: Ray works on, and so does the meeting
+
+
+@pytest.mark.ray
 def test_one_and_two_actors_distil(ray_cluster, tiny):
     points = measured("distill", tiny)
     assert set(points) == {("distil", 1), ("distil", 2)}
@@ -336,7 +346,7 @@ def test_the_command_runs_without_the_packages_that_it_does_not_need(tiny_llama,
     for package in ("mlflow", "sqlalchemy", "openai", "datasets", "matplotlib"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not installed here')\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])}
-    sizes = ["--workers", "1,2", "--rows", "6", "--reply-tokens", "8", "--batch", "2", "--length", "32", "--steps", "1"]
+    sizes = ["--workers", "1", "--rows", "6", "--reply-tokens", "8", "--batch", "2", "--length", "32", "--steps", "1"]
     asked = ["--parts", "distill,medusa-1", "--model", tiny_llama, "--repeats", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "cli.bench_scale", *sizes, *asked, "--out", tmp_path / "out"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
