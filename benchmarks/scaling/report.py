@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +50,7 @@ def write_report(out: Path, parts: Sequence[Part], *, plot: bool) -> None:
     content = {"parts": [{**asdict(part), "of_linear": shares(part)} for part in parts]}
     write_atomically(out / "scale.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     write_atomically(out / "scale.md", lambda path: path.write_text(markdown(parts)))
-    if plot and importlib.util.find_spec("matplotlib"):
+    if plot and _can_plot():
         _plot(out / "scale.png", parts)
 
 
@@ -122,6 +121,14 @@ def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _can_plot() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _plot(path: Path, parts: Sequence[Part]) -> None:
