@@ -7,13 +7,14 @@ process of its own, so that memory is free again for the next.
 from __future__ import annotations
 
 import inspect
+import statistics
 import time
 from collections.abc import Iterator
 
 import torch
 
 from benchmarks.scaling.config import ScaleConfig
-from benchmarks.scaling.points import Deadline, LeftOut, Point
+from benchmarks.scaling.points import CutShort, Deadline, LeftOut, Point
 from benchmarks.serving import Load, in_new_process, run_engine
 from medusa import Engine, SamplingParams
 
@@ -23,14 +24,24 @@ OPTION = "tensor_parallel"
 def tensor_parallel(config: ScaleConfig, deadline: Deadline) -> Iterator[Point]:
     if OPTION not in inspect.signature(Engine.from_pretrained).parameters:
         raise LeftOut(f"this engine decodes on one device: Engine.from_pretrained has no option {OPTION}")
-    took = 0.0
+    took, alone, missed = 0.0, {}, []
     for workers in config.workers:
         deadline.ensure(took, f"{workers} device(s)")
         started = time.monotonic()
-        speeds = in_new_process(measure, config, workers)
+        try:
+            speeds = in_new_process(measure, config, workers)
+        except RuntimeError as error:  # a model that one device does not hold, say
+            missed.append(f"{workers} device(s) failed: {str(error)[:300]}")
+            continue
         took = max(took, time.monotonic() - started)
+        alone = speeds if workers == 1 else alone
         for concurrency, values in speeds.items():
-            yield Point(f"tensor parallel, {concurrency} at once", workers, "tokens/s", values)
+            told = {}
+            if config.device == "cuda" and workers > 1 and alone:
+                told["times one device"] = statistics.median(values) / statistics.median(alone[concurrency])
+            yield Point(f"tensor parallel, {concurrency} at once", workers, "tokens/s", values, told=told)
+    if missed:
+        raise CutShort("; ".join(missed))
 
 
 def measure(config: ScaleConfig, workers: int) -> dict[int, tuple[float, ...]]:

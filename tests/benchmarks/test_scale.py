@@ -218,6 +218,32 @@ def test_tensor_parallelism_is_left_out_where_the_engine_has_none(monkeypatch):
         next(tensor_parallel.tensor_parallel(ScaleConfig(), Deadline(9.0)))
 
 
+def test_a_model_that_one_device_does_not_hold_is_measured_on_two(monkeypatch):
+    def with_option(cls, backbone, heads=None, *, tensor_parallel=1): ...
+
+    def in_new_process(function, config, workers):
+        if workers == 1:
+            raise RuntimeError("out of memory")
+        return {1: (10.0 * workers, 10.0 * workers)}
+
+    monkeypatch.setattr(Engine, "from_pretrained", classmethod(with_option))
+    monkeypatch.setattr(tensor_parallel, "in_new_process", in_new_process)
+    found = tensor_parallel.tensor_parallel(ScaleConfig(workers=(1, 2), device="cuda"), Deadline(9.0))
+    first = next(found)
+    assert (first.workers, first.values) == (2, (20.0, 20.0)) and not first.told
+    with pytest.raises(CutShort, match=r"1 device\(s\) failed: out of memory"):
+        next(found)
+
+
+def test_tensor_parallel_speed_stands_beside_one_devices(monkeypatch):
+    def with_option(cls, backbone, heads=None, *, tensor_parallel=1): ...
+
+    monkeypatch.setattr(Engine, "from_pretrained", classmethod(with_option))
+    monkeypatch.setattr(tensor_parallel, "in_new_process", lambda function, config, workers: {1: (10.0 + workers,)})
+    one, two = tensor_parallel.tensor_parallel(ScaleConfig(workers=(1, 2), device="cuda"), Deadline(9.0))
+    assert not one.told and two.told == {"times one device": pytest.approx(12 / 11)}
+
+
 def test_an_inflated_model_is_written_once_for_all_workers_and_says_the_same(make_backbone_dir, tmp_path):
     small = make_backbone_dir("llama")
     prompts, params = [[5, 6, 7, 8]], SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
