@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from benchmarks.attention import attention
 from benchmarks.decode import decode
 from benchmarks.serve import serve
 from benchmarks.steps import steps
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(decode)
 app.command()(steps)
+app.command()(attention)
 app.command()(serve)
 app.command()(trees)
 app.command()(quantization)
