@@ -206,11 +206,11 @@ def xqa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
     per_sequence = (1, shape.heads) if single else (1, shape.nodes, shape.heads)
     queries = problem.query_LMHD.view(problem.layers, shape.batch, *per_sequence, shape.head_size)
     out = torch.empty_like(queries[0])
-    lengths = (problem.length_B + shape.nodes).to(torch.uint32)[:, None]
+    lengths = (problem.length_B + shape.nodes).int().view(torch.uint32)[:, None]
     tables_BP = problem.tables_BP[:, : shape.pages].contiguous()
     mask = None if single else packed_mask(problem.visible, shape.nodes)
     workspace = torch.zeros(XQA_WORKSPACE_BYTES, dtype=torch.uint8, device=problem.device)
-    semaphores = torch.zeros(XQA_SEMAPHORES, dtype=torch.uint32, device=problem.device)
+    semaphores = torch.zeros(XQA_SEMAPHORES, dtype=torch.int32, device=problem.device).view(torch.uint32)
     qkv_LMHD = problem.qkv_LMHD.clone() if writes else None  # whose queries the launch ahead rotates in place
 
     def launch(layer: int) -> torch.Tensor:
