@@ -63,6 +63,7 @@ _NOT_IN_TRAINER_KEY = {
     "micro_batch_size",
     "chunk_size",
     "hidden_cache_gib",
+    "hidden_cache_on",
     "checkpoint_every",
     "packing",
     "activation_checkpointing",

@@ -35,7 +35,7 @@ class Adaptation(Protocol):
         ...
 
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same of the base model, without."""
+        """The same of the base model, without; hidden states that the batch brings are taken as they are."""
         ...
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
@@ -87,9 +87,12 @@ class LoraAdaptation:
 
     @torch.no_grad()
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        weight_Vd = self.backbone.lm_head_weight.detach()
+        if batch.hidden_Nd is not None:
+            return batch.hidden_Nd, weight_Vd
         with self._switched_off():
             self.backbone.model.eval()
-            return forward(self.backbone, batch), self.backbone.lm_head_weight.detach()
+            return forward(self.backbone, batch), weight_Vd
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
@@ -125,7 +128,7 @@ class FullAdaptation:
         self.backbone = backbone
         self._base_dtype = backbone.dtype
         self._base: Backbone | None = None
-        if joint.lm_loss == "distill" or joint.heads_only_ratio > 0:
+        if joint.needs_base:
             self._base = Backbone(copy.deepcopy(backbone.model), name=backbone.name, digest="")
         backbone.model.requires_grad_(True).float()
 
@@ -137,7 +140,8 @@ class FullAdaptation:
     def teacher(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if self._base is None:
             raise ValueError("without distillation no copy of the base was kept")
-        return forward(self._base, batch), self._base.lm_head_weight
+        hidden_Nd = batch.hidden_Nd if batch.hidden_Nd is not None else forward(self._base, batch)
+        return hidden_Nd, self._base.lm_head_weight
 
     def save(self, directory: Path, weights: Mapping[str, Tensor]) -> None:
         named = {name: weight.to(self._base_dtype) for name, weight in weights.items()}

@@ -98,7 +98,8 @@ class Batch:
     """The rows of one forward pass. `positions_N` indexes the flattened [B * T], row after row in the order of
     `row_indices`; `next_N` is the token after each of them (the LM head's label), `labels_NK` the heads'.
 
-    `position_ids_BT` restart at each row of a packed line; None where every line is one row.
+    `position_ids_BT` restart at each row of a packed line; None where every line is one row. `hidden_Nd` are the base
+    model's hidden states at the positions where they are remembered (medusa/training/hidden.py).
     """
 
     tokens_BT: Tensor
@@ -108,6 +109,7 @@ class Batch:
     row_indices: tuple[int, ...]
     positions_per_row: tuple[int, ...]
     position_ids_BT: Tensor | None = None
+    hidden_Nd: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +125,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens_BT", "positions_N", "next_N", "labels_NK", "position_ids_BT")
+            for name in ("tokens_BT", "positions_N", "next_N", "labels_NK", "position_ids_BT", "hidden_Nd")
             if getattr(self, name) is not None
         }
         return replace(self, **moved)

@@ -94,23 +94,19 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class TeacherLoss:
-    """Distance from a teacher's distribution, whose logits too exist for a chunk only. Sums: loss, top-1 and top-5 hits
+    """Distance from a teacher's distribution, whose logits too exist for a chunk only. `teacher` gives the
+    log-probabilities of some rows in the student's columns. Sums: loss, top-1 and top-5 hits
     of the targets, overlap of the two distributions (what a draft drawn from the one is accepted with by the other),
     rows that count.
 
     `lk_eta` None: KL(teacher || student). Otherwise the LK hybrid w KL + (1 - w) TV, w = exp(-lk_eta * overlap), where
     w has no gradient (arXiv 2602.23881). `tokens_share` of cross-entropy with the target is mixed in. Rows count where
-    they have a target; `columns` are the student's of the teacher's vocabulary: what the teacher holds outside them
-    counts as missed.
+    they have a target.
     """
 
-    teacher_Nd: Tensor
-    teacher_weight_Vd: Tensor
-    cap: Cap
+    teacher: Callable[[slice], Tensor]
     counts_N: Tensor
     targets_N: Tensor
-    columns: Tensor | None = None
-    temperature: float = 1.0
     lk_eta: float | None = None
     tokens_share: float = 0.0
     num_sums = 5
@@ -118,12 +114,15 @@ class TeacherLoss:
     def __call__(self, logits_NV: Tensor, rows: slice) -> Tensor:
         targets_N, counts_N = self.targets_N[rows], self.counts_N[rows].double()
         log_q_NV = logits_NV.log_softmax(-1)
-        log_p_NV = self._teacher(rows)
-        p_NV = log_p_NV.exp()
-        # xlogy of p with itself, but where p is 0: a masked-out token of the teacher costs nothing
-        kl_N = (p_NV * (log_p_NV.clamp_min(-1e4) - log_q_NV)).sum(-1)
+        with torch.no_grad():
+            log_p_NV = self.teacher(rows)
+            p_NV = log_p_NV.exp()
+            # xlogy of p with itself, but where p is 0: a masked-out token of the teacher costs nothing
+            log_p_NV = log_p_NV.clamp_min(-1e4)
+        kl_N = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
         # the smaller of the two is a choice per token: TV = 1 - overlap has the gradient of the student's share of it
-        overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
+        with torch.set_grad_enabled(self.lk_eta is not None and torch.is_grad_enabled()):
+            overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
         loss_N = kl_N
         if self.lk_eta is not None:
             weight_N = torch.exp(-self.lk_eta * overlap_N.detach())
@@ -135,12 +134,48 @@ class TeacherLoss:
         overlap = (overlap_N.detach().double() * counts_N).sum()
         return torch.stack([loss, *hits(logits_NV, targets_N), overlap, counts_N.sum()])
 
+
+class TeacherRows:
+    """A teacher's log-probabilities by row, [N, V], or in some `columns` of its vocabulary: what it holds outside them
+    counts as missed.
+
+    Heads look ahead by different distances into the same rows. So a chunk is computed with the `reach` rows after it
+    and kept until another is asked for: where one chunk holds a batch, all heads share it.
+    """
+
+    def __init__(
+        self,
+        hidden_Nd: Tensor,
+        weight_Vd: Tensor,
+        cap: Cap,
+        *,
+        columns: Tensor | None = None,
+        temperature: float = 1.0,
+        reach: int = 0,
+    ) -> None:
+        self._hidden_Nd, self._weight_Vd, self._cap = hidden_Nd, weight_Vd, cap
+        self._columns, self._temperature, self._reach = columns, temperature, reach
+        self._kept: tuple[slice, Tensor] | None = None
+
+    def ahead(self, distance: int) -> Callable[[slice], Tensor]:
+        """The rows so far behind those asked for; the last row, past the end."""
+        return lambda rows: self._rows(rows, distance)
+
     @torch.no_grad()
-    def _teacher(self, rows: slice) -> Tensor:
-        weight_Vd = self.teacher_weight_Vd.to(self.teacher_Nd.dtype)
-        logits_NV = self.cap(widened(self.teacher_Nd[rows] @ weight_Vd.T))
-        log_p_NV = (logits_NV / self.temperature).log_softmax(-1)
-        return log_p_NV if self.columns is None else log_p_NV[:, self.columns]
+    def _rows(self, rows: slice, distance: int) -> Tensor:
+        if self._kept is None or self._kept[0] != rows:
+            self._kept = None  # before the next is made: two would be held otherwise
+            self._kept = rows, self._log_probs(slice(rows.start, rows.stop + self._reach))
+        log_p_NV = self._kept[1]
+        count = min(rows.stop, len(self._hidden_Nd)) - rows.start
+        inside_NV = log_p_NV[distance : distance + count]
+        return torch.cat([inside_NV, log_p_NV[-1:].expand(count - len(inside_NV), -1)])
+
+    def _log_probs(self, rows: slice) -> Tensor:
+        hidden_Nd = self._hidden_Nd[rows]
+        logits_NV = self._cap(widened(hidden_Nd @ self._weight_Vd.to(hidden_Nd.dtype).T))
+        log_p_NV = (logits_NV if self._temperature == 1 else logits_NV / self._temperature).log_softmax(-1)
+        return log_p_NV if self._columns is None else log_p_NV[:, self._columns]
 
 
 @torch.no_grad()

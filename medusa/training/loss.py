@@ -17,7 +17,7 @@ from torch import Tensor
 
 from medusa.heads import DraftHeads
 from medusa.training.batch import IGNORE
-from medusa.training.chunked import Cap, TeacherLoss, TokenLoss, chunked, widened
+from medusa.training.chunked import Cap, TeacherLoss, TeacherRows, TokenLoss, chunked, widened
 from medusa.training.schedule import HeadsLossConfig
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, weight, targets -> loss, top-1 and top-5 hits
@@ -120,17 +120,23 @@ def heads_loss(
     `cross_entropy` replaces the chunked one.
     """
     targets_NK = head_targets(heads, labels_NK)
+    teacher_rows = None if config.kind == "tokens" else _teacher_rows(heads, teacher, config)
     per_head = []
     for k in range(heads.config.num_heads):
         features_Nd = heads.features(k, hidden_Nd, ahead_NKd)
         weight_Vd = heads.vocabulary_weight(k, lm_head_weight)
-        if config.kind == "tokens":
+        if teacher_rows is None:
             token_loss = cross_entropy or partial(chunked_cross_entropy, cap=cap, chunk_size=chunk_size)
             per_head.append(token_loss(features_Nd, weight_Vd, targets_NK[:, k]))
             continue
-        if teacher is None:
-            raise ValueError(f"a loss of kind {config.kind!r} needs the teacher's hidden states, got none")
-        row_loss = _soft_loss(heads, k, targets_NK[:, k], labels_NK[:, k], teacher, config)
+        # head k at position t learns what the backbone says at t + k + 1: positions of a reply stand side by side
+        row_loss = TeacherLoss(
+            teacher_rows.ahead(k + 1),
+            counts_N=labels_NK[:, k] != IGNORE,
+            targets_N=targets_NK[:, k],
+            lk_eta=config.lk_eta if config.kind == "lk" else None,
+            tokens_share=config.tokens_share,
+        )
         sums = chunked(features_Nd, weight_Vd, row_loss, cap, num_sums=row_loss.num_sums, chunk_size=chunk_size)
         per_head.append(sums[:3])
     return _totals(per_head, count_covered(heads, labels_NK, config), labels_NK)
@@ -182,28 +188,21 @@ def lm_loss(
         token_loss = cross_entropy or partial(chunked_cross_entropy, cap=cap, chunk_size=chunk_size)
         sums = token_loss(hidden_Nd, lm_head_weight, next_N)
         return torch.cat([sums, sums.new_zeros(1), sums.new_full((1,), len(next_N))])
-    loss = TeacherLoss(
-        teacher.hidden_Nd, teacher.weight_Vd, teacher.cap, torch.ones_like(next_N, dtype=torch.bool), next_N
-    )
+    rows = TeacherRows(teacher.hidden_Nd, teacher.weight_Vd, teacher.cap)
+    loss = TeacherLoss(rows.ahead(0), torch.ones_like(next_N, dtype=torch.bool), next_N)
     return chunked(hidden_Nd, lm_head_weight, loss, cap, num_sums=loss.num_sums, chunk_size=chunk_size)
 
 
-def _soft_loss(
-    heads: DraftHeads, k: int, targets_N: Tensor, labels_N: Tensor, teacher: Teacher, config: HeadsLossConfig
-) -> TeacherLoss:
-    """Head k at position t learns what the backbone says at t + k + 1: positions of a reply stand side by side."""
-    counts_N = labels_N != IGNORE
-    source_N = (torch.arange(len(labels_N), device=labels_N.device) + k + 1).clamp(max=max(len(labels_N) - 1, 0))
-    return TeacherLoss(
-        teacher_Nd=teacher.hidden_Nd[source_N],
-        teacher_weight_Vd=teacher.weight_Vd,
-        cap=teacher.cap,
-        counts_N=counts_N,
-        targets_N=targets_N,
+def _teacher_rows(heads: DraftHeads, teacher: Teacher | None, config: HeadsLossConfig) -> TeacherRows:
+    if teacher is None:
+        raise ValueError(f"a loss of kind {config.kind!r} needs the teacher's hidden states, got none")
+    return TeacherRows(
+        teacher.hidden_Nd,
+        teacher.weight_Vd,
+        teacher.cap,
         columns=heads.token_map if heads.config.vocabulary == "truncated" else None,
         temperature=config.teacher_temperature,
-        lk_eta=config.lk_eta if config.kind == "lk" else None,
-        tokens_share=config.tokens_share,
+        reach=heads.config.num_heads,
     )
 
 

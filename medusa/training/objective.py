@@ -6,7 +6,6 @@ batch and give sums, which the trainer divides by global counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from medusa.hydra import embed_path
 from medusa.model import Backbone
 from medusa.training.adaptation import Adaptation
 from medusa.training.batch import Batch
+from medusa.training.hidden import ComputedHidden
 from medusa.training.loss import LM_SUMS, CrossEntropy, Teacher, heads_loss, lm_loss
 from medusa.training.schedule import TrainerConfig
 
@@ -36,7 +36,6 @@ class HeadsObjective(nn.Module):
         backbone: Backbone,
         heads: DraftHeads,
         config: TrainerConfig,
-        hidden: Callable[[Batch], Tensor],
         cross_entropy: CrossEntropy | None = None,
     ) -> None:
         super().__init__()
@@ -44,12 +43,12 @@ class HeadsObjective(nn.Module):
         self._frozen = (backbone,)  # a tuple hides the model from nn.Module
         self._config = config
         self._cross_entropy = cross_entropy
-        self.hidden = hidden
+        self._compute = ComputedHidden(backbone)
 
     def forward(self, batch: Batch, heads_only: bool = True) -> Sums:
         (backbone,) = self._frozen
         weight_Vd = backbone.lm_head_weight.detach()
-        hidden_Nd = compute_type(backbone, self.hidden(batch))
+        hidden_Nd = compute_type(backbone, batch.hidden_Nd if batch.hidden_Nd is not None else self._compute(batch))
         sums_MK = _heads_sums(self.heads, backbone, batch, hidden_Nd, weight_Vd, self._config, self._cross_entropy)
         return Sums(sums_MK, sums_MK.new_zeros(len(LM_SUMS)))
 

@@ -56,6 +56,11 @@ class JointConfig:
     heads_lr_scale: float = 4.0
     heads_only_ratio: float = 0.0
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether any step asks for the model as it was before."""
+        return self.lm_loss == "distill" or self.heads_only_ratio > 0
+
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "rank", "at least 1", self.rank)
         for name in ("alpha", "heads_weight", "heads_lr_scale"):
@@ -77,8 +82,9 @@ class TrainerConfig:
     """Numbers of a run. `max_steps` replaces `epochs`; `warmup_steps` replaces `warmup_ratio`.
 
     `batch_size` is rows a step over all workers, `micro_batch_size` rows a forward on one of them (None: all).
-    `chunk_size` is rows of logits that exist at once. `hidden_cache_gib` is main memory a worker may spend on
-    keeping the backbone's hidden states over epochs (0: compute them every epoch). `lr` is the heads' peak rate;
+    `chunk_size` is rows of logits that exist at once. `hidden_cache_gib` is memory a worker may spend on
+    keeping the base model's hidden states over epochs (0: compute them every epoch), main memory or, with
+    `hidden_cache_on` "device", the GPU's; joint training has it of its teacher's. `lr` is the heads' peak rate;
     `head_lr_scales` multiplies it head by head. `packing` puts rows behind each other into lines of `max_length`.
     `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
     `cross_entropy`: "chunked" is the project's own; "liger" its fused kernels (GPU only); "auto" takes liger on a GPU
@@ -110,6 +116,7 @@ class TrainerConfig:
     cross_entropy: Literal["auto", "chunked", "liger"] = "auto"
     chunk_size: int = 1024
     hidden_cache_gib: float = 0.0
+    hidden_cache_on: Literal["host", "device"] = "host"
     log_every: int = 10
     checkpoint_every: int = 200
     seed: int = 0
@@ -134,9 +141,9 @@ class TrainerConfig:
         scales = self.head_lr_scales
         _require(scales is None or min(scales, default=0) > 0, "head_lr_scales", "a number above 0 a head", scales)
         _require(
-            self.joint is None or self.hidden_cache_gib == 0,
+            self.hidden_cache_gib == 0 or self.joint is None or self.joint.needs_base,
             "hidden_cache_gib",
-            "0 in joint training, where hidden states change",
+            "0 in joint training without a teacher: hidden states change",
             self.hidden_cache_gib,
         )
 

@@ -23,7 +23,7 @@ from medusa.model import Backbone
 from medusa.training.adaptation import Adaptation, adapt
 from medusa.training.batch import Batch, EpochSampler, Row, collate, fit_rows
 from medusa.training.fused import choose_cross_entropy
-from medusa.training.hidden import CachedHidden, ComputedHidden, check_packing
+from medusa.training.hidden import RememberedHidden, check_packing, forward
 from medusa.training.loss import LM_SUMS, HeadTotals, count_covered, head_weights
 from medusa.training.objective import HeadsObjective, JointObjective, Sums
 from medusa.training.optimiser import Optimiser, named_groups
@@ -132,6 +132,7 @@ class Trainer:
         self._optimiser = Optimiser(named_groups(heads, model, config), config)
         if self.sharded and config.optimizer != "adamw":
             raise ValueError(f"optimizer {config.optimizer} keeps moments that cannot be sharded; use adamw with FSDP")
+        self.memory = self._make_memory() if config.hidden_cache_gib else None
         weights = head_weights(heads.config.num_heads, config.head_decay)
         self._weights_K = torch.tensor(weights, dtype=torch.float64, device=self._device)
         self._window = Totals.zeros(heads.config.num_heads, self._device)
@@ -295,16 +296,37 @@ class Trainer:
     def _objective_module(self) -> nn.Module:
         if self.adaptation is not None:
             return JointObjective(self.adaptation, self.heads, self.config, self.fused)
-        return HeadsObjective(self.backbone, self.heads, self.config, self._hidden_source(), self.fused)
+        return HeadsObjective(self.backbone, self.heads, self.config, self.fused)
 
-    def _hidden_source(self) -> Callable[[Batch], Tensor]:
-        if self.config.hidden_cache_gib > 0:
-            return CachedHidden(self.backbone, self.rows, self.config.hidden_cache_gib, self._pack_to)
-        return ComputedHidden(self.backbone)
+    def _make_memory(self) -> RememberedHidden:
+        """Of the base model's hidden states; not a sharded one's, since workers lack rows at different times."""
+        if self.adaptation is not None and self.sharded:
+            raise ValueError(
+                f"hidden_cache_gib is {self.config.hidden_cache_gib:g}, but a sharded model runs on all workers at "
+                "once, not where one of them lacks a row; set it to 0, or sharding to ddp"
+            )
+        return RememberedHidden(
+            self._base_hidden,
+            self.rows,
+            self.heads.config.num_heads,
+            self.backbone.hidden_size * self._base_dtype.itemsize,
+            limit_gib=self.config.hidden_cache_gib,
+            home=self._device if self.config.hidden_cache_on == "device" else torch.device("cpu"),
+            device=self._device,
+            pack_to=self._pack_to,
+            with_tokens=self.adaptation is not None,
+        )
+
+    def _base_hidden(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            hidden = forward(self.backbone, batch) if self.adaptation is None else self.adaptation.teacher(batch)[0]
+        return hidden.to(torch.bfloat16) if self._half else hidden
 
     def _batches(self, rows: Sequence[Row], indices: Sequence[int]) -> list[Batch]:
         size = self.config.micro_batch_size or max(len(indices), 1)
         parts = [indices[start : start + size] for start in range(0, max(len(indices), 1), size)]
+        if self.memory is not None and rows is self.rows:
+            return [self.memory.batch(part) for part in parts]
         num_heads = self.heads.config.num_heads
         return [collate(rows, part, num_heads, self._pack_to).to(self._device) for part in parts]
 

@@ -256,9 +256,22 @@ def test_joint_numbers_out_of_range_are_refused(bad, named):
         JointConfig(**bad)
 
 
-def test_hidden_cache_is_refused_where_hidden_states_change():
-    with pytest.raises(ValueError, match="hidden_cache_gib must be 0 in joint training"):
-        TrainerConfig(hidden_cache_gib=1.0, joint=JointConfig())
+def test_hidden_cache_is_refused_where_joint_training_has_no_teacher():
+    with pytest.raises(ValueError, match="hidden_cache_gib must be 0 in joint training without a teacher"):
+        TrainerConfig(hidden_cache_gib=1.0, joint=JointConfig(lm_loss="tokens"))
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_remembered_teacher_changes_no_numbers(tiny_llama, method, packing):
+    joint = JointConfig(method=method, rank=4, dropout=0.0, heads_only_ratio=0.3)
+    numbers = dict(max_steps=8, packing=packing)
+    asked = run(make_trainer(tiny_llama, joint, **numbers))
+    trainer = make_trainer(tiny_llama, joint, hidden_cache_gib=0.1, hidden_cache_on="device", **numbers)
+    trainer.memory.fill(200)
+    remembered = run(trainer)
+    for one, other in zip(remembered, asked, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["soft", "lk"])

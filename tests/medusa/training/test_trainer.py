@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_micro_batches_change_no_numbers(backbone):
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
-def test_hidden_cache_changes_no_numbers_and_computes_each_row_once(backbone, monkeypatch):
+@pytest.mark.parametrize(("home", "at_once"), [("host", False), ("device", True)])
+def test_hidden_cache_changes_no_numbers_and_computes_each_row_once(backbone, monkeypatch, home, at_once):
     without = run(make_trainer(backbone, epochs=3))
     rows_computed = []
     compute = backbone.trainable_hidden_states
@@ -120,9 +122,18 @@ def test_hidden_cache_changes_no_numbers_and_computes_each_row_once(backbone, mo
         return compute(ids_BT, position_ids_BT)
 
     monkeypatch.setattr(backbone, "trainable_hidden_states", counted)
-    cached = run(make_trainer(backbone, epochs=3, hidden_cache_gib=0.1))
-    assert cached == pytest.approx(without, rel=1e-5)
+    trainer = make_trainer(backbone, epochs=3, hidden_cache_gib=0.1, hidden_cache_on=home)
+    if at_once:
+        trainer.memory.fill(100)
+    assert run(trainer) == pytest.approx(without, rel=1e-5)
     assert sum(rows_computed) == len(make_rows())
+
+
+def test_rows_kept_back_are_measured_on_their_own_hidden_states(backbone):
+    rows, kept_back = make_rows(12), make_rows(12, seed=9)
+    trainers = [make_trainer(backbone, rows, hidden_cache_gib=gib) for gib in (0.0, 0.1)]
+    losses = [(run(trainer), trainer.validate(kept_back)["loss"])[1] for trainer in trainers]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_hidden_cache_over_its_limit_is_refused_before_any_work(backbone):
@@ -182,9 +193,9 @@ class Poisoned(Trainer):
     poisoned_step = 3
 
     def train_step(self, batches):
-        compute = self._loss.hidden
         if self.step + 1 == self.poisoned_step:
-            self._loss.hidden = lambda batch: torch.full_like(compute(batch), math.nan)
+            hidden_size = self.backbone.hidden_size
+            batches = [replace(b, hidden_Nd=torch.full((len(b.next_N), hidden_size), math.nan)) for b in batches]
         return super().train_step(batches)
 
 
