@@ -1,6 +1,6 @@
 """A Medusa checkpoint: a folder of safetensors and JSON that says which backbone it belongs to.
 
-    medusa_lm_head.safetensors   the heads, in the layout that the Medusa reference, TGI and vLLM <= 0.32 read
+    medusa_lm_head.safetensors   the heads, in the names that the Medusa reference and TGI read (medusa/export)
     config.json                  the keys that those loaders need
     medusa.json                  backbone digests, calibration, trees, provenance (CheckpointMeta)
     README.md                    the model card
@@ -281,11 +281,11 @@ def _heads_of(meta: CheckpointMeta, tensors: dict[str, torch.Tensor]) -> DraftHe
 
 
 def _loader_config(meta: CheckpointMeta) -> dict[str, Any]:
-    """The superset of keys that other loaders read. Every "num…heads" must agree: vLLM folds them into one."""
+    """The superset of keys that other loaders read. Every "num…heads" must agree: vLLM folds them into one. No key
+    "architectures": TGI takes a folder with one for another kind of speculator and loads no heads."""
     heads = meta.heads
     return {
         "model_type": meta.head_kind,
-        "architectures": [f"{meta.head_kind.capitalize()}Model"],
         "hidden_size": heads.hidden_size,
         "vocab_size": heads.vocab_size,
         "medusa_num_heads": heads.num_heads,

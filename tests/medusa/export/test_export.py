@@ -185,6 +185,14 @@ def test_tgi_computes_the_same(save, tmp_path, backbone, hidden, changes):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("changes", [{}, {"vocabulary": "shared"}])
+def test_tgi_reads_a_checkpoint_as_it_was_trained(save, backbone, hidden, changes):
+    folder, heads = save(**changes)
+    found = as_tgi(folder, hidden, backbone.lm_head_weight)
+    expected = plain_logits(heads, hidden, backbone.lm_head_weight)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 2}, {"vocabulary": "shared"}, {"vocabulary": "truncated"}])
 def test_vllm_computes_the_same(save, tmp_path, backbone, tiny_llama, hidden, changes):
     folder, heads = save(**changes)

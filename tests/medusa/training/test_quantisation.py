@@ -1,4 +1,4 @@
-"""Quantised frozen backbones, where bitsandbytes is installed (the optional extra `quantized`)."""
+"""Quantised frozen backbones and optimiser moments, by bitsandbytes' kernels for CPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.medusa.training.test_trainer import make_rows, run
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_heads_learn_on_a_quantised_backbone(tiny_llama, bits):
-    pytest.importorskip("bitsandbytes", reason="the optional extra `quantized` is not installed")
     exact = Backbone.from_pretrained(tiny_llama, device="cpu")
     backbone = Backbone.from_pretrained(tiny_llama, device="cpu")
     quantise(backbone.model, bits)
@@ -32,7 +31,6 @@ def test_heads_learn_on_a_quantised_backbone(tiny_llama, bits):
 
 
 def test_an_optimiser_of_8_bits_learns_and_resumes_with_the_same_numbers(tiny_llama, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="the optional extra `quantized` is not installed")
 
     def make():
         backbone = Backbone.from_pretrained(tiny_llama, device="cpu")
