@@ -4,8 +4,9 @@
 
 The straightforward twin pads rows instead of packing them and makes the logits of all heads at once, at every position,
 with torch's cross-entropy and KL over them; backbone, heads, optimiser, activation checkpointing and rows are the same.
-A case that does not fit the memory is reported as such. `m1-8bit` and `m1-4bit` freeze a quantised backbone
-(bitsandbytes).
+A case that does not fit the memory is reported as such, and so is one whose package is missing: `m1-8bit` and `m1-4bit`
+freeze a quantised backbone (bitsandbytes). Results of other cases that the file holds already are kept, so cases can
+be measured one call at a time.
 Tokens are real ones, prompts and replies, without padding. FLOPs count 2 a weight and token for a forward and 4 for its
 backward (2 where only activations need gradients), without what checkpointing computes again.
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
@@ -45,6 +46,7 @@ SHAPES = {
     ),
     "tiny": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=512),
 }
+WARMUP = 2  # steps
 CASES = ("m1", "m1-plain", "m1-shared", "m1-8bit", "m1-4bit", "m2", "m2-plain")
 
 
@@ -58,13 +60,15 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=4096, help="rows of logits at once")
     parser.add_argument("--cross-entropy", choices=("auto", "chunked", "liger"), default="auto")
     parser.add_argument("--steps", type=int, default=6, help="timed, after 2 others")
+    parser.add_argument("--budget-s", type=float, help="of timed steps, each case: fewer steps where they are slow")
     parser.add_argument("--peak-tflops", type=float, help="of the device, dense bf16 (H200 and H100: 989)")
     parser.add_argument("--out", type=Path, default=Path("train-speed.json"))
     arguments = parser.parse_args()
-    results = []
-    for case in arguments.cases.split(","):
-        if case not in CASES:
-            raise SystemExit(f"no case {case!r}; there are {CASES}")
+    cases = arguments.cases.split(",")
+    if unknown := [case for case in cases if case not in CASES]:
+        raise SystemExit(f"no cases {unknown}; there are {CASES}")
+    results = kept_results(arguments.out, arguments.shape, cases)
+    for case in cases:
         results.append(run_case(case, arguments))
         print(json.dumps(results[-1]), flush=True)
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
@@ -73,12 +77,20 @@ def main() -> None:
     print(table)
 
 
+def kept_results(path: Path, shape: str, cases: Sequence[str]) -> list[dict[str, Any]]:
+    """What the file holds of the same shape, but of the cases that are measured now."""
+    earlier = json.loads(path.read_text()) if path.exists() else []
+    return [result for result in earlier if result["shape"] == shape and result["case"] not in cases]
+
+
 def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     told = {"case": case, "shape": arguments.shape, "heads": arguments.heads, "device": device_name()}
     try:
         return told | measure(case, arguments)
     except torch.cuda.OutOfMemoryError as error:
         return told | {"error": f"out of memory: {str(error)[:120]}"}
+    except ImportError as error:
+        return told | {"error": str(error)}
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -104,17 +116,18 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         cross_entropy=arguments.cross_entropy,
         joint=joint,
     )
-    rows = random_rows((arguments.steps + 2) * arguments.rows, arguments.length, backbone.vocab_size)
+    rows = random_rows((arguments.steps + WARMUP) * arguments.rows, arguments.length, backbone.vocab_size)
     plain = case.endswith("-plain")
     trainer = Trainer(backbone, heads, rows, replace(config, packing=not plain))
     step = plain_step(trainer) if plain else lambda: trainer.train_step(trainer.next_batches())
-    seconds, tokens, positions = timed(step, trainer, arguments.steps)
-    flops = flops_of(trainer, tokens, positions)
+    steps, seconds, tokens, positions = timed(step, trainer, arguments.steps, arguments.budget_s)
+    flops = flops_of(trainer, body_weights(arguments.shape), tokens, positions)
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     return {
         "tokens_per_second": round(tokens / seconds, 1),
         "positions_per_second": round(positions / seconds, 1),
-        "seconds_a_step": round(seconds / arguments.steps, 4),
+        "steps": steps,
+        "seconds_a_step": round(seconds / steps, 4),
         "peak_memory_gib": memory and round(memory, 2),
         "tflops": round(flops / seconds / 1e12, 2),
         "share_of_peak": arguments.peak_tflops and round(flops / seconds / 1e12 / arguments.peak_tflops, 3),
@@ -123,15 +136,24 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_backbone(shape: str, quantised: str) -> Backbone:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 4096} | SHAPES[shape]))
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = random_model(shape, "cuda" if torch.cuda.is_available() else "cpu")
     if quantised in ("8bit", "4bit"):
         from medusa.training.quantisation import quantise
 
         quantise(model, quantised)
     return Backbone(model, name=shape, digest="")
+
+
+def random_model(shape: str, device: str) -> PreTrainedModel:
+    config = LlamaConfig(**({"vocab_size": 32000, "max_position_embeddings": 4096} | SHAPES[shape]))
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def body_weights(shape: str) -> int:
+    """Of the decoder layers and norms, however they are stored: packed weights of 4 bits count as what they are."""
+    named = random_model(shape, "meta").named_parameters()
+    return sum(p.numel() for name, p in named if "embed" not in name and "lm_head" not in name)
 
 
 def random_rows(count: int, longest: int, vocab: int) -> list[Row]:
@@ -186,11 +208,16 @@ def whole_logits(trainer: Trainer, batch: Any, teacher: bool) -> torch.Tensor:
     return (hidden_Nd @ weight_Vd.T).float().log_softmax(-1)
 
 
-def timed(step: Callable[[], Any], trainer: Trainer, steps: int) -> tuple[float, int, int]:
-    """Seconds, real tokens and labelled positions of the timed steps."""
-    for _ in range(2):
+def timed(step: Callable[[], Any], trainer: Trainer, steps: int, budget_s: float | None) -> tuple[int, float, int, int]:
+    """How many steps were timed, their seconds, real tokens and labelled positions. The last step of the warm-up tells
+    how many fit the budget; at least one is timed."""
+    for _ in range(WARMUP):
+        synchronise()
+        started = time.perf_counter()
         step()
     synchronise()
+    if budget_s is not None:
+        steps = max(min(steps, int(budget_s / (time.perf_counter() - started))), 1)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     rows = [trainer.rows[i] for s in range(trainer.step, trainer.step + steps) for i in trainer.sampler.global_rows(s)]
@@ -198,14 +225,11 @@ def timed(step: Callable[[], Any], trainer: Trainer, steps: int) -> tuple[float,
     for _ in range(steps):
         step()
     synchronise()
-    return time.perf_counter() - started, sum(map(len, rows)), sum(row.num_positions for row in rows)
+    return steps, time.perf_counter() - started, sum(map(len, rows)), sum(row.num_positions for row in rows)
 
 
-def flops_of(trainer: Trainer, tokens: int, positions: int) -> float:
+def flops_of(trainer: Trainer, body: int, tokens: int, positions: int) -> float:
     model, heads = trainer.backbone.model, trainer.heads
-    body = sum(
-        p.numel() for n, p in model.named_parameters() if "lora_" not in n and "embed" not in n and "lm_head" not in n
-    )
     lm_head = trainer.backbone.lm_head_weight.numel()
     adapters = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     of_heads = sum(p.numel() for p in heads.parameters())
@@ -219,9 +243,11 @@ def flops_of(trainer: Trainer, tokens: int, positions: int) -> float:
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     names = ("case", "tokens_per_second", "peak_memory_gib", "tflops", "share_of_peak", "cross_entropy")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += [
-        "| " + " | ".join(str(result.get(name, result.get("error", ""))) for name in names) + " |" for result in results
-    ]
+    for result in results:
+        cells = [str(result.get(name, "")) for name in names]
+        if "error" in result:
+            cells[1] = result["error"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([f"{results[0]['shape']}, {results[0]['heads']} heads, {results[0]['device']}", "", *lines, ""])
 
 

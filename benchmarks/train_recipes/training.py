@@ -20,6 +20,7 @@ from medusa.training.batch import Row
 from medusa.training.schedule import TrainerConfig
 from medusa.training.trainer import Trainer
 
+CHUNK = 16384  # rows of logits at once: all of most batches, which then ask the teacher once for all heads
 RECORDS = 40  # of a run, for its curves
 TIMED_BLOCK, TIMED_SHARE = 4, 0.04  # steps between two looks at the clock, and the budget's share that is timed
 FILL_TOKENS = 32768  # of a forward that only remembers hidden states
@@ -57,7 +58,7 @@ def train_recipe(
 
 def make_trainer(recipe: Recipe, rows: list[Row], backbone: Backbone, arguments: argparse.Namespace) -> Trainer:
     changes = {key: json.loads(value) for key, value in (item.split("=") for item in arguments.set)}
-    numbers = {"max_length": arguments.max_model_len, "chunk_size": 8192, "bucket_batches": 32}
+    numbers = {"max_length": arguments.max_model_len, "chunk_size": CHUNK, "bucket_batches": 32}
     config = TrainerConfig(**(numbers | recipe.trainer | changes), loss=recipe.loss, joint=recipe.joint)
     shape = HeadsConfig(
         hidden_size=backbone.hidden_size,
