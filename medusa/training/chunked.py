@@ -117,8 +117,6 @@ class TeacherLoss:
         with torch.no_grad():
             log_p_NV = self.teacher(rows)
             p_NV = log_p_NV.exp()
-            # xlogy of p with itself, but where p is 0: a masked-out token of the teacher costs nothing
-            log_p_NV = log_p_NV.clamp_min(-1e4)
         kl_N = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
         # the smaller of the two is a choice per token: TV = 1 - overlap has the gradient of the student's share of it
         with torch.set_grad_enabled(self.lk_eta is not None and torch.is_grad_enabled()):
@@ -158,24 +156,26 @@ class TeacherRows:
         self._kept: tuple[slice, Tensor] | None = None
 
     def ahead(self, distance: int) -> Callable[[slice], Tensor]:
-        """The rows so far behind those asked for; the last row, past the end."""
+        """The rows so far behind those asked for, at most `reach`; the last row, past the end."""
         return lambda rows: self._rows(rows, distance)
 
     @torch.no_grad()
     def _rows(self, rows: slice, distance: int) -> Tensor:
         if self._kept is None or self._kept[0] != rows:
             self._kept = None  # before the next is made: two would be held otherwise
-            self._kept = rows, self._log_probs(slice(rows.start, rows.stop + self._reach))
-        log_p_NV = self._kept[1]
+            self._kept = rows, self._log_probs(rows)
         count = min(rows.stop, len(self._hidden_Nd)) - rows.start
-        inside_NV = log_p_NV[distance : distance + count]
-        return torch.cat([inside_NV, log_p_NV[-1:].expand(count - len(inside_NV), -1)])
+        return self._kept[1][distance : distance + count]
 
     def _log_probs(self, rows: slice) -> Tensor:
-        hidden_Nd = self._hidden_Nd[rows]
+        """Of the rows and `reach` after them: past the end, the last row stands in."""
+        last = len(self._hidden_Nd) - 1
+        source_N = torch.arange(rows.start, min(rows.stop, last + 1) + self._reach, device=self._hidden_Nd.device)
+        hidden_Nd = self._hidden_Nd[source_N.clamp_max(last)]
         logits_NV = self._cap(widened(hidden_Nd @ self._weight_Vd.to(hidden_Nd.dtype).T))
         log_p_NV = (logits_NV if self._temperature == 1 else logits_NV / self._temperature).log_softmax(-1)
-        return log_p_NV if self._columns is None else log_p_NV[:, self._columns]
+        # a masked-out token of the teacher has a finite logarithm, so that it costs nothing: 0 times that
+        return (log_p_NV if self._columns is None else log_p_NV[:, self._columns]).clamp_min_(-1e4)
 
 
 @torch.no_grad()
