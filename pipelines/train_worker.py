@@ -33,7 +33,8 @@ from medusa.training.adaptation import LoraAdaptation
 from medusa.training.batch import Row, fit_rows
 from medusa.training.quantisation import quantise
 from medusa.training.sharding import shard
-from medusa.training.trainer import NonFiniteLossError, Trainer
+from medusa.training.totals import NonFiniteLossError
+from medusa.training.trainer import Trainer
 from pipelines.journal import RunLog
 from pipelines.split import is_held_back
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,71 +24,15 @@ from medusa.training.adaptation import Adaptation, adapt
 from medusa.training.batch import Batch, EpochSampler, Row, collate, fit_rows
 from medusa.training.fused import choose_cross_entropy
 from medusa.training.hidden import RememberedHidden, check_packing, forward
-from medusa.training.loss import LM_SUMS, HeadTotals, count_covered, head_weights
+from medusa.training.loss import HeadTotals, count_covered, head_weights
 from medusa.training.objective import HeadsObjective, JointObjective, Sums
 from medusa.training.optimiser import Optimiser, named_groups
 from medusa.training.schedule import TrainerConfig, heads_weight, learning_rate
 from medusa.training.sharding import is_sharded, load_sharded, save_sharded, whole
 from medusa.training.state import read_state, write_state
+from medusa.training.totals import NonFiniteLossError, StepMetrics, Totals
 
 SHARDS, PROGRESS = "shards", "progress"
-
-
-class NonFiniteLossError(ArithmeticError):
-    """A loss became NaN or infinite; the message names the step (1-based) and the heads, or the language model."""
-
-    def __init__(self, step: int, heads: Sequence[int], language_model: bool = False) -> None:
-        self.step, self.heads = step, tuple(heads)
-        of_heads = [f"head {', '.join(map(str, heads))}"] if heads else []
-        of_model = ["the language model"] if language_model else []
-        super().__init__(
-            f"loss of {' and of '.join(of_heads + of_model)} is not finite at step {step}; nothing was saved since. "
-            "Lower the learning rate or look at the rows of that step"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """The sums of some steps or rows over all workers: the heads', and the language model's by LM_SUMS."""
-
-    heads: HeadTotals
-    lm_L: Tensor
-
-    @classmethod
-    def zeros(cls, num_heads: int, device: torch.device) -> Totals:
-        lm_L = torch.zeros(len(LM_SUMS), dtype=torch.float64, device=device)
-        return cls(HeadTotals.zeros(num_heads, device), lm_L)
-
-    @classmethod
-    def of(cls, sums: Sums) -> Totals:
-        return cls(HeadTotals(sums.heads_MK.detach()), sums.lm_L.detach())
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(self.heads + other.heads, self.lm_L + other.lm_L)
-
-    def record(self) -> dict[str, float]:
-        """Plain numbers, by head and of the language model where it learns; waits for the device."""
-        record: dict[str, float] = {}
-        for name in ("loss", "top1_accuracy", "top5_accuracy", "coverage"):
-            values = getattr(self.heads, "mean_loss_K" if name == "loss" else f"{name}_K").tolist()
-            record |= {f"head_{k}/{name}": value for k, value in enumerate(values)}
-        lm = dict(zip(LM_SUMS, self.lm_L.tolist(), strict=True))
-        if lm["labels"]:
-            record |= {f"lm/{name}": lm[name] / lm["labels"] for name in ("loss", "top1", "overlap")}
-        return record
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """One step over all workers; tensors are on the device until read. `step` counts done steps."""
-
-    step: int
-    learning_rate: float
-    heads_weight: float
-    tokens: int
-    totals: Totals
-    loss: Tensor
-    grad_norm: Tensor
 
 
 class Trainer:

@@ -19,7 +19,8 @@ from medusa.model import Backbone
 from medusa.training.batch import Row
 from medusa.training.hidden import HiddenCacheError
 from medusa.training.schedule import TrainerConfig, learning_rate
-from medusa.training.trainer import NonFiniteLossError, Trainer
+from medusa.training.totals import NonFiniteLossError
+from medusa.training.trainer import Trainer
 
 NUM_HEADS = 3
 FAST = {"batch_size": 8, "max_length": 48, "lr": 5e-3, "log_every": 1, "bucket_batches": 2, "epochs": 2}
