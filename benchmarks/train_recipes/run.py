@@ -56,9 +56,8 @@ class Data:
 def run_recipes(arguments: argparse.Namespace) -> None:
     started = time.perf_counter()
     data = Data.of(read_replies(arguments.work))
-    say(
-        f"{len(data.trained)} replies to train on, {len(data.kept_back)} to grow trees on, {len(data.evaluation)} to measure on"
-    )
+    trained, kept_back, evaluation = len(data.trained), len(data.kept_back), len(data.evaluation)
+    say(f"{trained} replies to train on, {kept_back} to grow trees on, {evaluation} to measure on")
     results = arguments.work / "results"
     results.mkdir(exist_ok=True)
     for name, budget_s in budgets(arguments.recipes, arguments.budget_s):

@@ -94,7 +94,7 @@ def run_steps(trainer: Trainer, started: float, budget_s: float) -> list[dict[st
             say(f"{step_s * 1e3:.1f} ms a step; {trainer.total_steps} steps fit the budget")
         if metrics.step % every == 0 or trainer.finished:
             curve.append(trainer.take_record(metrics) | {"seconds": round(time.perf_counter() - started, 2)})
-            if pace.known and curve[-1]["seconds"] > TOO_LATE * budget_s:
+            if pace.known and not trainer.finished and curve[-1]["seconds"] > TOO_LATE * budget_s:
                 say(f"stopped at step {metrics.step} of {trainer.total_steps}: steps became slower than the first")
                 break
     synchronise()
