@@ -54,6 +54,12 @@ class LoraAdapter:
         return (weight.float() + self.scale * (b @ a)).to(weight.dtype)
 
 
+def runs_merged(directory: Path, heads: Path) -> bool:
+    """Whether these heads run on the backbone in `directory` only with their adapter merged into it."""
+    meta = read_meta(heads)
+    return meta.adapter is not None and weights_digest(directory) != meta.backbone.weights_digest
+
+
 def load_with_adapter(
     backbone: str | Path,
     heads: Path,

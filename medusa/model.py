@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from transformers import (
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from medusa.parallel import Rank, load_share
 from medusa.quantization import Quantization, QuantizationError
 from medusa.quantized_linear import quantize_linears
 
@@ -104,6 +105,7 @@ class Backbone:
         self._digest = digest
         self._directory: Path | None = None
         self.quantization: Quantization | None = None
+        self.rank: Rank | None = None  # where the weights are one process's share
         self.kv_shape = self._see_through()  # (key-value heads, head size) of every layer
 
     @classmethod
@@ -115,26 +117,34 @@ class Backbone:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         quantization: Quantization | None = None,
-    ) -> Backbone:
+        rank: Rank | None = None,
+    ) -> Self:
         """Loads a model folder or hub id from safetensors. Default device: a GPU if there is one.
 
         Default dtype: float32 on a CPU, the checkpoint's own on a GPU. With `quantization` a GPU never holds the whole
-        weights (see `quantize`). Raises UnsupportedModelError, QuantizationError, or OSError when nothing is there.
+        weights (see `quantize`). With a `rank` it loads that process's share, on its device, as all of its group do at
+        once. Raises UnsupportedModelError, ShardingError, QuantizationError, or OSError when nothing is there.
         """
         directory = model_directory(name, revision)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = rank.device if rank else default_device(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         config = AutoConfig.from_pretrained(directory)
         check_supported(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", attn_implementation=_plain_attention(config), use_safetensors=True
-        )
+        attention = _plain_attention(config)
+        if rank is not None:
+            model = load_share(directory, config, rank, dtype=dtype or "auto", attention=attention)
+            rank.meet()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True
+            )
         if quantization is not None:
             quantize_linears(model.base_model, quantization, device)
         backbone = cls(model.to(device), name=Path(name).name if Path(name).is_dir() else str(name))
         backbone._directory = directory
         backbone.quantization = quantization
+        backbone.rank = rank
         return backbone
 
     def quantize(self, kind: Quantization) -> None:
@@ -276,6 +286,11 @@ class _Probe:
         self.layers.append(layer)
         self.shapes.add((key_BHND.shape[1], key_BHND.shape[3], value_BHND.shape[3]))
         return query_BHND.new_zeros(*query_BHND.transpose(1, 2).shape[:3], value_BHND.shape[3])
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """As asked; otherwise a GPU if there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def check_supported(config: PretrainedConfig, model_class: type | None = None) -> None:

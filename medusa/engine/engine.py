@@ -13,10 +13,8 @@ from typing import Literal
 
 import torch
 
-from medusa.adapter import load_with_adapter
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
-from medusa.engine.kv_cache import KVCache
 from medusa.engine.limits import Limits
 from medusa.engine.loop import StepLoop
 from medusa.engine.profile import CONTEXT, Profiler
@@ -24,6 +22,7 @@ from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
 from medusa.engine.shapes import Buckets
+from medusa.engine.sharded import ShardedBackbone, load_backbone, make_cache
 from medusa.engine.speculation import Adaptive, Always, Policy, ladder_of
 from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
@@ -88,7 +87,8 @@ class Engine:
             self._limits.check_tree(tree)
         self.max_batch_size = self._limits.max_batch_size
         self.max_model_len = self._limits.max_model_len
-        self._cache = KVCache(
+        self._cache = make_cache(
+            backbone,
             num_layers=backbone.num_layers,
             kv_shape=backbone.kv_shape,
             num_pages=self._limits.num_pages,
@@ -128,6 +128,7 @@ class Engine:
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
         quantization: Quantization | None = None,
+        tensor_parallel: int = 1,
     ) -> Engine:
         """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
         the checkpoint has an adapter, `backbone` is its base or the two merged.
@@ -135,27 +136,43 @@ class Engine:
         `quantization`: the decoder's weights in one byte each, "int8" or "fp8" (medusa/quantization.py). Replies are
         then another model's, close to the backbone's; speculation is lossless against that model.
 
-        Raises UnsupportedModelError, QuantizationError, CheckpointError, CheckpointMismatchError, or ValueError for a
-        bad argument.
+        `tensor_parallel`: so many processes share the decoder's layers and cache, each with a GPU of its own where
+        there are GPUs. The engine starts the others, and `close` ends them; when one fails, calls raise
+        TensorParallelError from then on.
+
+        Raises UnsupportedModelError, ShardingError, QuantizationError, CheckpointError, CheckpointMismatchError, or
+        ValueError for a bad argument.
         """
-        if heads is None:
-            model = Backbone.from_pretrained(backbone, device=device, dtype=dtype, quantization=quantization)
-            checkpoint = None
-        else:
-            model = load_with_adapter(backbone, Path(heads), device=device, dtype=dtype, quantization=quantization)
-            checkpoint = load_checkpoint(Path(heads), model)
-        return cls(
-            model,
-            ChatTokenizer.from_pretrained(backbone),
-            checkpoint,
-            max_batch_size=max_batch_size,
-            max_model_len=max_model_len,
-            max_prefill_tokens=max_prefill_tokens,
-            kv_cache_gb=kv_cache_gb,
-            speculation=speculation,
-            acceptance=acceptance,
-            step_times=step_times,
+        model = load_backbone(
+            backbone,
+            Path(heads) if heads is not None else None,
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            tensor_parallel=tensor_parallel,
         )
+        try:
+            return cls(
+                model,
+                ChatTokenizer.from_pretrained(backbone),
+                None if heads is None else load_checkpoint(Path(heads), model),
+                max_batch_size=max_batch_size,
+                max_model_len=max_model_len,
+                max_prefill_tokens=max_prefill_tokens,
+                kv_cache_gb=kv_cache_gb,
+                speculation=speculation,
+                acceptance=acceptance,
+                step_times=step_times,
+            )
+        except BaseException:
+            if isinstance(model, ShardedBackbone):
+                model.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel engine, which decodes no more; does nothing to another one."""
+        if isinstance(self.backbone, ShardedBackbone):
+            self.backbone.close()
 
     def generate(
         self,

@@ -31,7 +31,7 @@ class KVCache:
         device: torch.device,
         salt: str = "",
     ) -> None:
-        self.data = torch.zeros(num_layers, 2, num_pages + 1, PAGE_SIZE, *kv_shape, dtype=dtype, device=device)
+        self.data = empty_pages(num_layers, num_pages, kv_shape, dtype, device)
         self.tables = torch.full((max_batch_size + 1, max_pages), TRASH_PAGE, dtype=torch.int32, device=device)
         self.pool = PagePool(num_pages, salt)
         self._owned: list[list[int]] = [[] for _ in range(max_batch_size)]
@@ -90,14 +90,29 @@ class KVCache:
         moved_BD = path_BD > depth_D
         source = self._locate(rows_B, length_B[:, None] + path_BD.clamp(min=0), moved_BD)
         target = self._locate(rows_B, length_B[:, None] + depth_D, moved_BD)
-        # Indexing copies before it writes, so overlapping sources and targets are safe.
-        self.data[:, :, target[0], target[1]] = self.data[:, :, source[0], source[1]]
+        self.move(torch.stack(source), torch.stack(target))
+
+    def move(self, source_2BD: torch.Tensor, target_2BD: torch.Tensor) -> None:
+        """Copies keys and values of all layers between places, each a page and a position in it."""
+        move(self.data, source_2BD, target_2BD)
 
     def _locate(
         self, rows_B: torch.Tensor, position_BD: torch.Tensor, wanted_BD: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         pages_BD = self.tables[rows_B].long().gather(1, position_BD // PAGE_SIZE)
         return torch.where(wanted_BD, pages_BD, TRASH_PAGE), position_BD % PAGE_SIZE
+
+
+def empty_pages(
+    num_layers: int, num_pages: int, kv_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`num_pages` and the trash page, as `KVCache` lays them out."""
+    return torch.zeros(num_layers, 2, num_pages + 1, PAGE_SIZE, *kv_shape, dtype=dtype, device=device)
+
+
+def move(data: torch.Tensor, source_2BD: torch.Tensor, target_2BD: torch.Tensor) -> None:
+    """As `KVCache.move`, of such pages; indexing copies before it writes, so sources and targets may overlap."""
+    data[:, :, target_2BD[0], target_2BD[1]] = data[:, :, source_2BD[0], source_2BD[1]]
 
 
 def pages_for(num_tokens: int) -> int:

@@ -62,6 +62,7 @@ def _can_pack(layer: nn.Linear) -> bool:
     weight = layer.weight
     return (
         type(layer) in (nn.Linear, PackedLinear)  # another subclass may compute otherwise
+        and "forward" not in layer.__dict__  # a share of tensor parallelism, which computes by its plan
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and not weight.is_inference()

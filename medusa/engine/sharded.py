@@ -1,0 +1,203 @@
+"""A backbone and cache of which this process holds one share, and tells the others what to do with theirs.
+
+To the runner they are a backbone and a cache like any other: each pass and each move of keys and values is told to the
+followers (`followers.py`), then done here. Sampling, heads, trees and sequences exist in this process alone.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import AutoConfig
+
+from medusa.adapter import load_with_adapter, runs_merged
+from medusa.engine.followers import STEP_TIMEOUT_S, Followers
+from medusa.engine.kv_cache import KVCache
+from medusa.engine.messages import Load, MakePages, Move, PlainPass, Proceed, TreePass, on_host
+from medusa.kernels.tree_attention import PagedTree
+from medusa.model import Backbone, TreeAttention, check_supported, default_device, model_directory
+from medusa.parallel import BACKENDS, ShardingError, join, leave, plan_of
+from medusa.quantization import Quantization, QuantizationError
+
+
+class ShardedBackbone(Backbone):
+    """Rank 0's share. Without followers, as while it is loaded, it is an ordinary member of the group.
+
+    `pages` are those of the cache made last: the followers have one cache, and so this backbone one engine at a time.
+    """
+
+    followers: Followers | None = None
+    pages: torch.Tensor | None = None
+
+    def trainable_hidden_states(
+        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As Backbone's, but for inference alone."""
+        if torch.is_grad_enabled():
+            raise ShardingError("a backbone shared out by tensor_parallel is not trained; load it whole")
+        if self.followers is None:
+            return super().trainable_hidden_states(input_ids_BT, position_ids_BT)
+        with self.followers.together():
+            positions = None if position_ids_BT is None else on_host(position_ids_BT)
+            self.followers.send(PlainPass(on_host(input_ids_BT), positions))
+            return super().trainable_hidden_states(input_ids_BT, position_ids_BT)
+
+    def tree_hidden_states(
+        self, input_ids_BN: torch.Tensor, position_ids_BN: torch.Tensor, tree: TreeAttention
+    ) -> torch.Tensor:
+        """As Backbone's. Passes over pages are told; those of a GPU's step are told by the step."""
+        if self.followers is None or not isinstance(tree, PagedTree):
+            return super().tree_hidden_states(input_ids_BN, position_ids_BN, tree)
+        check_pages(self, tree.cache)
+        with self.followers.together():
+            self.followers.send(TreePass.of(input_ids_BN, position_ids_BN, tree))
+            return super().tree_hidden_states(input_ids_BN, position_ids_BN, tree)
+
+    def close(self) -> None:
+        """Ends the followers and the group."""
+        if self.followers is not None:
+            self.followers.close()
+        leave()
+
+
+class ShardedKVCache(KVCache):
+    """Rank 0's share of the pages; the others have as many, with their own heads in them."""
+
+    def __init__(self, backbone: ShardedBackbone, *, num_pages: int, **sizes: Any) -> None:
+        super().__init__(num_pages=num_pages, **sizes)
+        assert backbone.followers is not None
+        self._backbone, self._followers = backbone, backbone.followers
+        with self._followers.together():
+            self._followers.send(MakePages(num_pages))
+            self._followers.expect_done()
+        backbone.pages = self.data
+
+    def move(self, source_2BD: torch.Tensor, target_2BD: torch.Tensor) -> None:
+        """As KVCache.move, in every share."""
+        check_pages(self._backbone, self.data)
+        with self._followers.together():
+            self._followers.send(Move(on_host(source_2BD), on_host(target_2BD)))
+        super().move(source_2BD, target_2BD)
+
+
+def check_pages(backbone: ShardedBackbone, pages: torch.Tensor) -> None:
+    """Raises RuntimeError for the pages of a cache that another has replaced."""
+    if pages is not backbone.pages:
+        raise RuntimeError(
+            f"another engine was built on this share of {backbone.name}, and its processes have one cache; build one "
+            "engine on a backbone of load_sharded, or load it again"
+        )
+
+
+def make_cache(backbone: Backbone, **sizes: Any) -> KVCache:
+    """The cache of this backbone's engine; where it is shared out, of every process."""
+    if isinstance(backbone, ShardedBackbone) and backbone.followers is not None:
+        return ShardedKVCache(backbone, **sizes)
+    return KVCache(**sizes)
+
+
+def load_sharded(
+    name: str | Path,
+    size: int,
+    *,
+    heads: Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> ShardedBackbone:
+    """Starts `size` - 1 followers, and loads the model's shares in all processes at once.
+
+    Raises UnsupportedModelError or ShardingError for a model that cannot be shared out so, before anything is started,
+    and TensorParallelError when a follower fails.
+    """
+    device_type = default_device(device).type
+    directory = model_directory(name)
+    _check(directory, size, device_type, heads)
+    followers = Followers.start(size - 1)
+    try:
+        with followers.together():
+            backbone = _loaded_together(followers, name, directory, size, device_type, dtype)
+    except BaseException:
+        followers.close()
+        leave()
+        raise
+    backbone.followers = followers
+    return backbone
+
+
+def _check(directory: Path, size: int, device_type: str, heads: Path | None) -> None:
+    config = AutoConfig.from_pretrained(directory)
+    check_supported(config)
+    plan_of(config, size)
+    if device_type not in BACKENDS:
+        raise ShardingError(f"tensor_parallel needs one of the devices {sorted(BACKENDS)}, got {device_type!r}")
+    if device_type == "cuda" and size > torch.cuda.device_count():
+        raise ShardingError(f"tensor_parallel={size} needs a GPU each, and {torch.cuda.device_count()} are visible")
+    if distributed.is_initialized():
+        raise ShardingError(
+            "this process has a torch.distributed group, of a trainer or of a tensor-parallel engine that was not "
+            "closed; torch has one default group a process"
+        )
+    if heads is not None and runs_merged(directory, heads):
+        raise ShardingError(
+            f"the heads in {heads} run on {directory} with their adapter merged, and a share cannot take it in; "
+            "give the merged backbone (training's step wrote it; `medusa export` writes it)"
+        )
+
+
+def _loaded_together(
+    followers: Followers, name: str | Path, directory: Path, size: int, device_type: str, dtype: torch.dtype | None
+) -> ShardedBackbone:
+    timeout = timedelta(seconds=STEP_TIMEOUT_S)
+    store = distributed.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timeout)
+    followers.send_each(
+        [
+            Load(
+                port=store.port,
+                index=index,
+                size=size,
+                directory=str(directory),
+                device_type=device_type,
+                dtype=dtype,
+                timeout_s=STEP_TIMEOUT_S,
+                num_threads=torch.get_num_threads(),
+            )
+            for index in range(1, size)
+        ]
+    )
+
+    followers.expect_done()
+
+    def meet() -> None:
+        followers.expect_done()
+        followers.send(Proceed())
+
+    rank = join(store, 0, size, device_type=device_type, timeout=timeout, meet=meet)
+    return ShardedBackbone.from_pretrained(name, dtype=dtype, rank=rank)
+
+
+def load_backbone(
+    name: str | Path,
+    heads: Path | None,
+    *,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    quantization: Quantization | None,
+    tensor_parallel: int,
+) -> Backbone:
+    """The backbone that an engine runs these heads on: whole, or shared out among `tensor_parallel` processes."""
+    if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int) or tensor_parallel < 1:
+        raise ValueError(f"tensor_parallel is a number of processes from 1 on, got {tensor_parallel!r}")
+    if tensor_parallel > 1:
+        if quantization is not None:
+            raise QuantizationError(
+                f"quantization={quantization!r} and tensor_parallel={tensor_parallel} do not go together: a share's "
+                "scales would be others than the whole's; give one of the two"
+            )
+        return load_sharded(name, tensor_parallel, heads=heads, device=device, dtype=dtype)
+    if heads is None:
+        return Backbone.from_pretrained(name, device=device, dtype=dtype, quantization=quantization)
+    return load_with_adapter(name, heads, device=device, dtype=dtype, quantization=quantization)
