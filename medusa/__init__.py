@@ -2,6 +2,7 @@
 
 from medusa.decoding import Typical
 from medusa.engine.engine import Engine
+from medusa.engine.followers import TensorParallelError
 from medusa.engine.sequence import Completion, Output, TokenLogprob
 from medusa.engine.stats import EngineStats
 from medusa.engine.step_times import StepTimes
@@ -20,6 +21,7 @@ __all__ = [
     "Output",
     "SamplingParams",
     "StepTimes",
+    "TensorParallelError",
     "TokenLogprob",
     "TokenTree",
     "Typical",

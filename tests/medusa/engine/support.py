@@ -7,6 +7,7 @@ true token at a random rank, seven times in ten. What it must not do is change a
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -168,3 +169,18 @@ class Prepared:
 
 def greedy(**arguments: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0.0, "max_tokens": 24, "ignore_eos": True, **arguments})
+
+
+def _is_alive(pid: int) -> bool:
+    """A process that has ended and waits to be collected counts as gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: Sequence[int], seconds: float = 30) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(map(_is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(_is_alive, pids))
