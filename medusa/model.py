@@ -106,7 +106,8 @@ class Backbone:
         self._directory: Path | None = None
         self.quantization: Quantization | None = None
         self.rank: Rank | None = None  # where the weights are one process's share
-        self.kv_shape = self._see_through()  # (key-value heads, head size) of every layer
+        # Query heads, and (key-value heads, head size), of every layer; of a share, its own.
+        self.num_query_heads, self.kv_shape = self._see_through()
 
     @classmethod
     def from_pretrained(
@@ -254,14 +255,15 @@ class Backbone:
             self.model.set_attn_implementation(attention)
 
     @torch.no_grad()
-    def _see_through(self) -> tuple[int, int]:
-        """Runs two tokens: every layer attends once and alike, and `logits` are the model's own. Returns `kv_shape`."""
+    def _see_through(self) -> tuple[int, tuple[int, int]]:
+        """Runs two tokens: every layer attends once and alike, and `logits` are the model's own. Returns its heads."""
         token_ids, probe, kind = torch.arange(2, device=self.device)[None], _Probe(), self.config.model_type
         self.tree_hidden_states(token_ids, token_ids, probe)
-        alike = len(probe.shapes) == 1 and all(key_size == value_size for _, key_size, value_size in probe.shapes)
+        alike = len(probe.shapes) == 1 and all(key_size == value_size for *_, key_size, value_size in probe.shapes)
         if sorted(probe.layers) != list(range(self.num_layers)) or not alike:
             raise UnsupportedModelError(
-                f"{kind} attends in layers {probe.layers} with (heads, key size, value size) {sorted(probe.shapes)}; "
+                f"{kind} attends in layers {probe.layers} with (query heads, heads, key size, value size) "
+                f"{sorted(probe.shapes)}; "
                 f"the KV cache needs each of {self.num_layers} layers once, and keys and values of one size in all"
             )
         logits = self.logits(self.hidden_states(token_ids)).float()
@@ -270,7 +272,8 @@ class Backbone:
             raise UnsupportedModelError(
                 f"{kind} changes hidden states or logits around its LM head in a way not covered"
             )
-        return probe.shapes.pop()[:2]
+        query_heads, heads, size, _ = probe.shapes.pop()
+        return query_heads, (heads, size)
 
 
 class _Probe:
@@ -278,13 +281,13 @@ class _Probe:
 
     def __init__(self) -> None:
         self.layers: list[int] = []
-        self.shapes: set[tuple[int, int, int]] = set()
+        self.shapes: set[tuple[int, int, int, int]] = set()
 
     def attend(
         self, layer: int, query_BHND: torch.Tensor, key_BHND: torch.Tensor, value_BHND: torch.Tensor, *_: object
     ) -> torch.Tensor:
         self.layers.append(layer)
-        self.shapes.add((key_BHND.shape[1], key_BHND.shape[3], value_BHND.shape[3]))
+        self.shapes.add((query_BHND.shape[1], key_BHND.shape[1], key_BHND.shape[3], value_BHND.shape[3]))
         return query_BHND.new_zeros(*query_BHND.transpose(1, 2).shape[:3], value_BHND.shape[3])
 
 

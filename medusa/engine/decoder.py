@@ -97,6 +97,7 @@ class FusedDecoder:
 
     def __init__(self, backbone: Backbone, cache: torch.Tensor, scratch: Scratch, max_positions: int) -> None:
         model = backbone.model.base_model
+        self._rank = backbone.rank
         self._cache, self._scratch = cache, scratch
         self._layers = [fuse(layer) for layer in model.layers]
         self._embedding = model.embed_tokens.weight
@@ -120,8 +121,8 @@ class FusedDecoder:
         self._attend(cache, layer, nodes, buffers)
         product(buffers.attended_MHD.flatten(1), layer.out, buffers.out_SMd, pdl=self.pdl)
         add_norm(
-            buffers.out_SMd, buffers.residual_Md, layer.mlp_norm, self._eps, buffers.normed_Md, layer.out_bias,
-            pdl=self.pdl,
+            self._summed(buffers.out_SMd), buffers.residual_Md, layer.mlp_norm, self._eps, buffers.normed_Md,
+            layer.out_bias, pdl=self.pdl and self._rank is None,
         )  # fmt: skip
 
     def _attend(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
@@ -153,7 +154,18 @@ class FusedDecoder:
         else:
             gated(buffers.normed_Md, layer.gate_up, buffers.gated_MF, tiles, pdl=self.pdl)
         product(buffers.gated_MF, layer.down, buffers.down_SMd, pdl=self.pdl)
-        add_norm(buffers.down_SMd, buffers.residual_Md, next_norm, self._eps, buffers.normed_Md, pdl=self.pdl)
+        add_norm(
+            self._summed(buffers.down_SMd), buffers.residual_Md, next_norm, self._eps, buffers.normed_Md,
+            pdl=self.pdl and self._rank is None,
+        )  # fmt: skip
+
+    def _summed(self, partial_SMd: torch.Tensor) -> torch.Tensor:
+        """Over the processes that share the layers; what a single one found is the sum already."""
+        if self._rank is None:
+            return partial_SMd
+        own_1Md = partial_SMd if len(partial_SMd) == 1 else partial_SMd.sum(0, keepdim=True)
+        self._rank.sum(own_1Md)
+        return own_1Md
 
     def _buffers_of(self, num_nodes: int) -> Buffers:
         if num_nodes not in self._buffers:

@@ -22,12 +22,13 @@ from medusa.engine.runner import Runner
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
 from medusa.engine.shapes import Buckets
-from medusa.engine.sharded import ShardedBackbone, load_backbone, make_cache
+from medusa.engine.sharded import ShardedBackbone, followers_of, lead_of, load_backbone, make_cache
 from medusa.engine.speculation import Adaptive, Always, Policy, ladder_of
 from medusa.engine.speculation import Speculation as Speculator
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
+from medusa.engine.watched import WatchedRunner
 from medusa.grammar import Grammars
 from medusa.growth import grown_tree
 from medusa.heads import MedusaHeads
@@ -343,7 +344,7 @@ class Engine:
         from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
 
         limits = self._limits
-        return GraphRunner(
+        runner = GraphRunner(
             self.backbone,
             self.checkpoint,
             self._cache,
@@ -353,7 +354,10 @@ class Engine:
             guess_width=limits.guess_width,
             acceptance=acceptance,
             growth=self._grown.paths if self._grown else (),
+            lead_of=lead_of(self.backbone),
         )
+        followers = followers_of(self.backbone)
+        return runner if followers is None else WatchedRunner(runner, followers)
 
     def _has_shape_of(self, checkpoint: Checkpoint) -> bool:
         """Whether these heads fit into the buffers of the ones in use."""

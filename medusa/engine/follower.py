@@ -13,7 +13,7 @@ import traceback
 from datetime import timedelta
 from functools import singledispatchmethod
 from multiprocessing.connection import Connection
-from typing import Never
+from typing import Any, Never
 
 import torch
 from torch import distributed
@@ -21,7 +21,20 @@ from transformers.utils import logging
 
 from medusa.engine.followers import STEP_TIMEOUT_S
 from medusa.engine.kv_cache import empty_pages, move
-from medusa.engine.messages import Done, Failed, Load, MakePages, Move, PlainPass, Proceed, TreePass, on
+from medusa.engine.messages import (
+    Done,
+    Failed,
+    Load,
+    MakePages,
+    MakeStep,
+    Move,
+    PlainPass,
+    Proceed,
+    StepMove,
+    StepPass,
+    TreePass,
+    on,
+)
 from medusa.model import Backbone
 from medusa.parallel import join
 
@@ -33,6 +46,7 @@ class Follower:
         self._connection = connection
         self._backbone = self._loaded(connection.recv())
         self._pages: torch.Tensor | None = None
+        self._step: Any = None  # a FollowerStep, once there is one
 
     def run(self) -> Never:
         while True:
@@ -67,6 +81,22 @@ class Follower:
             backbone.num_layers, order.num_pages, backbone.kv_shape, backbone.dtype, backbone.device
         )
         self._connection.send(Done())
+
+    @_do.register
+    def _(self, order: MakeStep) -> None:
+        from medusa.engine.gpu_follower import FollowerStep  # Triton is not installed everywhere
+
+        assert self._pages is not None
+        self._step = FollowerStep(self._backbone, self._pages, order)
+        self._connection.send(Done())
+
+    @_do.register
+    def _(self, order: StepPass) -> None:
+        self._step.run(order)
+
+    @_do.register
+    def _(self, order: StepMove) -> None:
+        self._step.move(order)
 
     @_do.register
     @torch.inference_mode()

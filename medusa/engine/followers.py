@@ -14,9 +14,10 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from threading import Event, Thread
 
 from medusa.engine.messages import Done, Failed
 
@@ -24,6 +25,7 @@ STEP_TIMEOUT_S = 60.0  # for a sum, or for room in a follower's pipe
 START_TIMEOUT_S = 1800.0  # for weights to be read
 _LAST_WORDS_S = 2.0  # for a follower's reason to arrive, or its exit to be seen, once a pass has failed
 _EXIT_S = 5.0  # for a follower to exit by itself
+_WATCH_S = 0.2
 
 
 class TensorParallelError(RuntimeError):
@@ -37,7 +39,8 @@ class Followers:
         self._processes = processes
         self._connections = connections
         self._failure: str | None = None
-        self._end = weakref.finalize(self, _end, processes, connections, _EXIT_S)
+        self._closing = Event()
+        self._end = weakref.finalize(self, _end, processes, connections, self._closing)
 
     @classmethod
     def start(cls, count: int) -> Followers:
@@ -91,11 +94,18 @@ class Followers:
         self.check()
         try:
             yield
+        except TensorParallelError:
+            raise
         except BaseException as error:
             self._fail(f"{type(error).__name__}: {error}")
             if isinstance(error, Exception):
                 raise TensorParallelError(self._failure) from error
             raise
+
+    def watch(self, broken: Callable[[], None]) -> None:
+        """Calls `broken` from a thread of its own when one of them is gone before `close`. A CPU that waits in a sum
+        is told by the connection; for a GPU, which is not, somebody has to break the sum off."""
+        Thread(target=_watch, args=(self._processes, self._closing, broken), daemon=True).start()
 
     def close(self) -> None:
         """Ends them; they read the end of their pipes. Later passes are refused."""
@@ -145,10 +155,18 @@ def _spawned(descriptor: int) -> subprocess.Popen[bytes]:
     )
 
 
-def _end(processes: Sequence[subprocess.Popen[bytes]], connections: Sequence[Connection], patience_s: float) -> None:
+def _watch(processes: Sequence[subprocess.Popen[bytes]], closing: Event, broken: Callable[[], None]) -> None:
+    while not closing.wait(_WATCH_S):
+        if any(process.poll() is not None for process in processes):
+            broken()
+            return
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], connections: Sequence[Connection], closing: Event) -> None:
+    closing.set()
     for connection in connections:
         connection.close()
-    deadline = time.monotonic() + patience_s
+    deadline = time.monotonic() + _EXIT_S
     for process in processes:
         try:
             process.wait(max(deadline - time.monotonic(), 0))

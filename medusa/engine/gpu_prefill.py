@@ -15,6 +15,7 @@ from medusa.engine.emission import Emission
 from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
 from medusa.engine.host_work import HostWork, changes_logits
 from medusa.engine.logprobs import token_logprobs
+from medusa.engine.messages import PassShape, StepPass
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.shapes import rounded_up
 from medusa.engine.staging import staged
@@ -98,7 +99,10 @@ class Prefill:
         state = self._step.state
         state.length_R[short_3B[0].long()] = staged([c.start for c in chunks], torch.int64, self._device)
         visible = Visible(short_3B[0], short_3B[1], short_3B[2], state.length_R, self._tables_RP, None, None)
-        return self._step.decode(drafts, visible, _padded(max(sizes)))
+        longest = _padded(max(sizes))
+        shape = PassShape(len(chunks), drafts.num_nodes, longest, is_chain=True)
+        self._step.team.tell(StepPass(shape, "eager"))
+        return self._step.decode(drafts, visible, longest)
 
     def _finish(self, chunks: list[PrefillChunk], hidden_Ld: torch.Tensor, guesses: bool) -> Launched:
         """Each prompt's first token, or the one that it is told to go on with; then guesses."""

@@ -17,11 +17,13 @@ import torch
 
 from medusa.checkpoint import Checkpoint
 from medusa.decoding import Typical
-from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
 from medusa.engine.gpu_heads import GpuHeads
 from medusa.engine.kv_cache import KVCache
+from medusa.engine.layers import Layers
+from medusa.engine.messages import MakeStep, StepSizes
 from medusa.engine.shapes import TREE_ROOM, Shape, rounded_up
-from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
+from medusa.engine.team import Alone, LeadOf, Team, handed_out_inputs, handed_out_moves
+from medusa.kernels.attention_plan import Visible
 from medusa.kernels.compact import compact
 from medusa.kernels.cut import Cuts, find_cuts
 from medusa.kernels.draft import draft
@@ -71,6 +73,7 @@ class GpuStep:
         max_positions: int,
         guess_width: int,
         acceptance: Typical | None,
+        lead_of: LeadOf | None = None,
     ) -> None:
         device = backbone.device
         num_heads = checkpoint.config.num_heads if checkpoint else 1
@@ -85,18 +88,11 @@ class GpuStep:
             else None
         )
         self._backbone, self._cache, self._acceptance = backbone, cache, acceptance
-        self._processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        )
+        rows, pages = cache.tables.shape
+        sizes = StepSizes(rows=rows, pages=pages, tree_nodes=room, depths=self.num_depths)
+        self.team: Team = lead_of(MakeStep(sizes, max_positions)) if lead_of else Alone()
         self._pdl = supports_pdl(device)
-        heads, head_size = _query_heads(backbone), cache.data.shape[-1]
-        self._group = heads // cache.data.shape[-2]
-        scratch = Scratch.of(heads=heads, size=head_size, processors=self._processors, device=device)
-        self.decoder: Decoder = (
-            FusedDecoder(backbone, cache.data, scratch, max_positions)
-            if can_fuse(backbone)
-            else ModuleDecoder(backbone, cache.data, scratch)
-        )
+        self._layers = Layers(backbone, cache.data, max_positions)
         self._logits_MV = self._new_logits(SHARED_LOGITS)
         self._large_logits: dict[int, torch.Tensor] = {}
         self._buffers: dict[tuple[int, int], StepBuffers] = {}
@@ -147,16 +143,8 @@ class GpuStep:
 
     def decode(self, drafts: Drafts, visible: Visible, max_nodes: int) -> torch.Tensor:
         """The decoder over any nodes: a step's, or a prompt's chunks (`visible` then has no trees)."""
-        plan = AttentionPlan.of(
-            batch_size=visible.rows_B.shape[0],
-            num_nodes=drafts.num_nodes,
-            max_nodes=max_nodes,
-            chain=visible.bits_RNW is None,
-            group=self._group,
-            num_kv_heads=self._cache.data.shape[-2],
-            processors=self._processors,
-        )
-        return self.decoder(StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan))
+        self.team.hand_out(handed_out_inputs(drafts, visible))
+        return self._layers(drafts, visible, max_nodes)
 
     def project(self, hidden_Md: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """The LM head, with the model's scale and soft-cap."""
@@ -170,16 +158,18 @@ class GpuStep:
         """Samples at every node, accepts, moves the accepted keys and values together, and guesses anew."""
         buffers = self.buffers(shape)
         self.accept(buffers, logits_MV)
-        if shape.max_nodes > 1:
-            compact(
-                self._cache.data, self._cache.tables, buffers.rows_B, buffers.emitted, self.state.length_R,
-                pdl=self._pdl,
-            )  # fmt: skip
+        if shape.moves:
+            self._move(buffers)
         if shape.guesses and self.heads is not None:
             last_hidden_Bd = hidden_Md.index_select(0, buffers.emitted.last_B)
             self.guess(last_hidden_Bd, buffers.rows_B)
         else:
             self.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)
+
+    def _move(self, buffers: StepBuffers) -> None:
+        rows_B, emitted, length_R, tables_RP = buffers.rows_B, buffers.emitted, self.state.length_R, self._cache.tables
+        self.team.hand_out(handed_out_moves(rows_B, length_R, tables_RP, emitted))
+        compact(self._cache.data, tables_RP, rows_B, emitted, length_R, pdl=self._pdl and self.team.is_alone)
 
     def accept(self, buffers: StepBuffers, logits_MV: torch.Tensor) -> None:
         """Sample, then match; or the typical rule."""
@@ -206,7 +196,3 @@ class GpuStep:
         assert self.heads is not None
         self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])
-
-
-def _query_heads(backbone: Backbone) -> int:
-    return int(backbone.config.num_attention_heads)

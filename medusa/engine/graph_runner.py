@@ -20,10 +20,12 @@ from medusa.engine.gpu_step import GpuStep
 from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, needs_host
 from medusa.engine.kv_cache import KVCache
+from medusa.engine.messages import PassShape, StepMove, StepPass
 from medusa.engine.sequence import Sequence
 from medusa.engine.shapes import Buckets, Shape, StepShapes
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk
+from medusa.engine.team import LeadOf
 from medusa.engine.tree_rows import TreeRows
 from medusa.heads import DraftHeads
 from medusa.model import Backbone
@@ -34,7 +36,8 @@ class GraphRunner:
     """A StepRunner whose plain twin is `medusa.engine.runner.Runner`.
 
     `growth` is the order in which the policy's trees grow: trees that are a beginning of it need no upload when their
-    size changes. `max_positions` is the longest sequence with a step's tree.
+    size changes. `max_positions` is the longest sequence with a step's tree. `lead_of` makes this process the first of
+    several that share the layers (`team.py`).
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class GraphRunner:
         guess_width: int,
         acceptance: Typical | None,
         growth: Items[Path] = (),
+        lead_of: LeadOf | None = None,
     ) -> None:
         self._shapes = StepShapes(max_batch_size, max_tree_nodes)
         self._step = GpuStep(
@@ -60,11 +64,12 @@ class GraphRunner:
             max_positions=max_positions,
             guess_width=guess_width,
             acceptance=acceptance,
+            lead_of=lead_of,
         )
         self._trees = TreeRows(self._step.trees, growth)
         self._host_work = HostWork(self._trees)
         self._prefill = Prefill(self._step, cache.tables, self._host_work)
-        self._graphs = Graphs(backbone.device)
+        self._graphs = Graphs(backbone.device, is_alone=self._step.team.is_alone)
         self._uploaded: dict[tuple[int, int], list[int]] = {}
         self._with_host = False
 
@@ -95,6 +100,7 @@ class GraphRunner:
             return self._decode_in_halves(shape, sequences, trees, counts)
         self._prepare(shape, "whole")
         self._upload(shape, rows, counts)
+        self._step.team.tell(StepPass(_pass_of(shape, moves=shape.moves), "graph"))
         self._graphs.run((shape, "whole"), lambda: self._whole(shape))
         return Emission.of(self._step.buffers(shape).emitted, len(rows))
 
@@ -120,10 +126,13 @@ class GraphRunner:
     ) -> Launched:
         self._prepare(shape, "forward")
         self._upload(shape, [sequence.row for sequence in sequences], counts)
+        self._step.team.tell(StepPass(_pass_of(shape, moves=False), "graph"))
         hidden_Md = self._graphs.run((shape, "forward"), lambda: self._step.forward(shape))
         buffers, logits_MV = self._step.buffers(shape), self._step.logits(shape)
         starts = [sum(counts[:b]) for b in range(len(counts))]
         changed_MV = self._host_work.change(sequences, trees, starts, logits_MV, buffers.drafts.tokens_M)
+        if shape.moves:
+            self._step.team.tell(StepMove(shape.batch))
         self._step.decide(shape, hidden_Md, changed_MV)
         emission = Emission.of(buffers.emitted, len(counts))
         return self._host_work.logprobs(sequences, starts, logits_MV, buffers.emitted.path_BD, emission)
@@ -137,6 +146,7 @@ class GraphRunner:
         if not self._graphs.has((shape, part)):
             self._upload(shape, [], [])
             function = self._whole if part == "whole" else self._step.forward
+            self._step.team.tell(StepPass(_pass_of(shape, moves=part == "whole" and shape.moves), "capture"))
             self._graphs.capture((shape, part), lambda: function(shape))
 
     def _upload(self, shape: Shape, rows: list[int], counts: list[int]) -> None:
@@ -148,3 +158,8 @@ class GraphRunner:
             self._uploaded[key] = values
             inputs_2B = self._step.buffers(shape).inputs_2B
             inputs_2B.copy_(staged(values, torch.int32, inputs_2B.device).view(2, -1), non_blocking=True)
+
+
+def _pass_of(shape: Shape, *, moves: bool) -> PassShape:
+    """What the other processes know of a step."""
+    return PassShape(shape.batch, shape.nodes, shape.max_nodes, moves=moves)

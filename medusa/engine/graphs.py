@@ -13,7 +13,9 @@ T = TypeVar("T")
 class Graphs:
     """One graph a key, in one memory pool: they run one after another, never at once."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, is_alone: bool = True) -> None:
+        """Where the process is not alone, NCCL's threads look at their own events while a graph is captured."""
+        self._capture_mode = "global" if is_alone else "thread_local"
         self._on_gpu = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
@@ -42,6 +44,6 @@ class Graphs:
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=self._capture_mode):
             result = function()
         self._captured[key] = (graph, result)

@@ -6,7 +6,7 @@ Arrays lie on the host. Shapes as in medusa/engine/runner.py; P pages of a seque
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -96,8 +96,53 @@ class Move:
 
 
 @dataclass(frozen=True)
+class StepSizes:
+    """Of the tables that a pass reads: rows of the batch, pages a row, room for a tree's nodes, deepest depth + 1."""
+
+    rows: int
+    pages: int
+    tree_nodes: int
+    depths: int
+
+
+@dataclass(frozen=True)
+class MakeStep:
+    """Get ready for steps of these sizes, over positions below `max_positions`."""
+
+    sizes: StepSizes
+    max_positions: int
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """Sequences, nodes in all, most of one sequence; whether its nodes are a prompt's chains; whether the accepted
+    ones' keys and values are moved after it."""
+
+    batch: int
+    nodes: int
+    max_nodes: int
+    is_chain: bool = False
+    moves: bool = False
+
+
+@dataclass(frozen=True)
+class StepPass:
+    """Launch a pass; `capture` its graph without a step of anybody's, or run it by its graph, or (`eager`) without."""
+
+    shape: PassShape
+    way: Literal["capture", "graph", "eager"]
+
+
+@dataclass(frozen=True)
+class StepMove:
+    """Move what a step of so many sequences accepted, which was decided after its pass."""
+
+    batch: int
+
+
+@dataclass(frozen=True)
 class Done:
-    """A follower's answer to Load and MakePages."""
+    """A follower's answer to Load, MakePages and MakeStep."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ class Shape:
     max_nodes: int
     guesses: bool
 
+    @property
+    def moves(self) -> bool:
+        """Whether accepted nodes may lie apart from the committed ones."""
+        return self.max_nodes > 1
+
 
 @dataclass(frozen=True)
 class Buckets:

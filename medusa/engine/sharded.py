@@ -6,9 +6,11 @@ followers (`followers.py`), then done here. Sampling, heads, trees and sequences
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed
@@ -17,11 +19,23 @@ from transformers import AutoConfig
 from medusa.adapter import load_with_adapter, runs_merged
 from medusa.engine.followers import STEP_TIMEOUT_S, Followers
 from medusa.engine.kv_cache import KVCache
-from medusa.engine.messages import Load, MakePages, Move, PlainPass, Proceed, TreePass, on_host
+from medusa.engine.messages import (
+    Load,
+    MakePages,
+    MakeStep,
+    Move,
+    PlainPass,
+    Proceed,
+    TreePass,
+    on_host,
+)
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone, TreeAttention, check_supported, default_device, model_directory
 from medusa.parallel import BACKENDS, ShardingError, join, leave, plan_of
 from medusa.quantization import Quantization, QuantizationError
+
+if TYPE_CHECKING:
+    from medusa.engine.team import Lead
 
 
 class ShardedBackbone(Backbone):
@@ -93,6 +107,19 @@ def check_pages(backbone: ShardedBackbone, pages: torch.Tensor) -> None:
         )
 
 
+def followers_of(backbone: Backbone) -> Followers | None:
+    """None for a backbone that one process has whole."""
+    return backbone.followers if isinstance(backbone, ShardedBackbone) else None
+
+
+def lead_of(backbone: Backbone) -> Callable[[MakeStep], Lead] | None:
+    """What makes this process the first of a GPU's step; None for one alone."""
+    from medusa.engine.team import Lead  # Triton is not installed everywhere
+
+    followers, rank = followers_of(backbone), backbone.rank
+    return None if followers is None or rank is None else partial(Lead, followers, rank)
+
+
 def make_cache(backbone: Backbone, **sizes: Any) -> KVCache:
     """The cache of this backbone's engine; where it is shared out, of every process."""
     if isinstance(backbone, ShardedBackbone) and backbone.followers is not None:
@@ -125,6 +152,8 @@ def load_sharded(
         leave()
         raise
     backbone.followers = followers
+    if device_type == "cuda":
+        followers.watch(leave)
     return backbone
 
 

@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from threading import Timer
+from threading import Event, Timer
 
 import pytest
 import torch
 
 from medusa import Engine, SamplingParams, TensorParallelError
 from medusa.engine import followers as followers_module
+from medusa.engine.followers import Followers
 from medusa.engine.messages import Move, on_host
 from medusa.engine.sharded import load_sharded
 from medusa.parallel import ShardingError
@@ -52,6 +53,18 @@ def test_a_follower_killed_while_the_others_wait_for_its_part_of_a_sum(tiny_llam
     killer.join()
     engine.abort("long")
     assert_sick(engine, pids, "exited with status -9")
+
+
+def test_a_watched_follower_that_dies():
+    """As a GPU's process needs it, which nobody else tells."""
+    gone = Event()
+    followers = Followers.start(1)
+    followers.watch(gone.set)
+    os.kill(followers.pids[0], signal.SIGKILL)
+    assert gone.wait(30)
+    with pytest.raises(TensorParallelError, match="exited with status -9"):
+        followers.check()
+    followers.close()
 
 
 @pytest.mark.slow
