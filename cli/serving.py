@@ -20,6 +20,9 @@ Backbone = Annotated[str | None, typer.Option(help="With --model models:/...: th
 TrackingUri = Annotated[str | None, typer.Option("--tracking-uri", envvar="MLFLOW_TRACKING_URI", help="MLflow.")]
 Speculation = Annotated[str, typer.Option(help="auto (measured), off, or a tree size of the checkpoint's ladder.")]
 
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", min=1, help="Processes that share the model, with a GPU each.")
+]
 Quantize = Annotated[str | None, typer.Option("--quantization", help="int8 or fp8: the decoder's weights in one byte.")]
 
 
@@ -38,6 +41,7 @@ def serve(
     port: Annotated[int, typer.Option(help="The port to listen on.")] = 8000,
     max_batch_size: Annotated[int, typer.Option(help="Replies decoded at once.")] = 16,
     quantization: Quantize = None,
+    tensor_parallel: TensorParallel = 1,
     max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
     api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
@@ -64,6 +68,7 @@ def serve(
         speculation=parse_speculation(speculation),
         max_batch_size=max_batch_size,
         quantization=_quantization(quantization),
+        tensor_parallel=tensor_parallel,
         max_queued_requests=max_queued,
         api_key_file=api_key_file,
         log_requests=log_requests,
@@ -95,6 +100,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     max_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 256,
     quantization: Quantize = None,
+    tensor_parallel: TensorParallel = 1,
 ) -> None:
     """Talks to the model in the terminal; what a step with accepted guesses added is green.
 
@@ -110,6 +116,7 @@ def chat(
         max_batch_size=1,
         speculation=parse_speculation(speculation),
         quantization=_quantization(quantization),
+        tensor_parallel=tensor_parallel,
     )
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens)
     conversation: list[int] = []

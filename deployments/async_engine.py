@@ -218,6 +218,7 @@ class AsyncEngine:
             logger.exception("the engine failed; this process takes no more requests")
             reason = "the engine stopped after an internal error; send the request again"
         self._fail(reason)
+        self._engine.close()
 
     def _obey_inbox(self) -> bool:
         """Runs the commands that wait, sleeping while there is nothing to decode; False asks to stop."""

@@ -62,6 +62,7 @@ class ServerConfig:
     kv_cache_gb: float | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     quantization: Quantization | None = None  # the decoder's weights in one byte each; replies are another model's
+    tensor_parallel: int = 1  # processes that share the decoder, each with a GPU of its own on cuda
     device: str | None = None  # None: cuda where this process (or the cluster) has a GPU
     # limits
     max_queued_requests: int = 256  # replies that may wait in a replica; more are answered 429
@@ -91,7 +92,7 @@ class ServerConfig:
     downscale_delay_s: float = 300.0
     look_back_s: float = 10.0  # loads are averaged over so long
     num_cpus: float = 1.0
-    num_gpus: float | None = None  # None: 1 on cuda
+    num_gpus: float | None = None  # None: 1 on cuda, or one for each of tensor_parallel
     health_check_period_s: float = 2.0
     graceful_shutdown_timeout_s: float = 60.0  # a stopped replica may take this long to end what it runs
 
@@ -116,7 +117,29 @@ class ServerConfig:
         for name in ("request_timeout_s", "body_timeout_s", "stall_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        self._check_tensor_parallel()
         check_hashes(self.api_key_hashes, "api_key_hashes")
+
+    def _check_tensor_parallel(self) -> None:
+        count = self.tensor_parallel
+        if count < 1:
+            raise ConfigError(f"tensor_parallel is a number of processes from 1 on, got {count}")
+        if count > 1 and self.quantization is not None:
+            raise ConfigError(
+                f"tensor_parallel={count} and quantization={self.quantization!r} do not go together; give one"
+            )
+        if count > 1 and self.num_gpus is not None and self.device != "cpu" and self.num_gpus != count:
+            raise ConfigError(
+                f"tensor_parallel={count} needs num_gpus={count}, one for each process, got {self.num_gpus:g}; leave "
+                "num_gpus out"
+            )
+
+    @property
+    def placed_gpus(self) -> float:
+        """What Ray sets aside for a replica."""
+        if self.num_gpus is not None:
+            return self.num_gpus
+        return float(self.tensor_parallel) if (self.device or "").startswith("cuda") else 0.0
 
     @property
     def served_name(self) -> str:
@@ -133,6 +156,7 @@ class ServerConfig:
             "speculation": self.speculation,
             "acceptance": self.acceptance,
             "quantization": self.quantization,
+            "tensor_parallel": self.tensor_parallel,
         }
 
     @property

@@ -182,13 +182,12 @@ def _absolute(path: str) -> str:
 
 def _deployment_options(config: ServerConfig) -> dict[str, Any]:
     capacity = config.max_batch_size + config.max_queued_requests + SPARE_ONGOING
-    num_gpus = config.num_gpus if config.num_gpus is not None else float((config.device or "").startswith("cuda"))
     options: dict[str, Any] = {
         "user_config": to_dict(config.heads_config),
         "max_ongoing_requests": config.max_ongoing_requests or capacity,
         "max_queued_requests": PROXY_QUEUE,
         "backpressure_config": {"status_code": 429, "retry_after_s": 1},
-        "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": num_gpus},
+        "ray_actor_options": {"num_cpus": config.num_cpus, "num_gpus": config.placed_gpus},
         "health_check_period_s": config.health_check_period_s,
         "graceful_shutdown_timeout_s": config.graceful_shutdown_timeout_s,
         "graceful_shutdown_wait_loop_s": min(0.5, config.graceful_shutdown_timeout_s),

@@ -114,6 +114,11 @@ class Answerer:
             self._thread.submit(self._advance).result()
         return conversations
 
+    def close(self) -> None:
+        """Ends the engine, in its thread."""
+        self._thread.submit(self._engine.close).result()
+        self._thread.shutdown()
+
     def take_counters(self) -> tuple[int, int]:
         """Engine steps since the last call, and the replies under way summed over them."""
         return self._thread.submit(self._take_counters).result()

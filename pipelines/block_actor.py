@@ -67,6 +67,10 @@ class BlockActor:
         prompts = [Prompt(**{**prompt, "turns": tuple(prompt["turns"])}) for prompt in task["prompts"]]
         return pa.Table.from_pylist([asdict(self._answer(task["block"], Path(task["file"]), prompts))])
 
+    def close(self) -> None:
+        """Ends the engine's processes, where it has others."""
+        self._answerer.close()
+
     def _answer(self, block: int, file: Path, prompts: Sequence[Prompt]) -> BlockReport:
         self._count_attempt(block)
         started = time.time()

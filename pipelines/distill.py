@@ -25,7 +25,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,8 @@ class DistillConfig(ReplyConfig):
     """How replies are sampled (ReplyConfig), and on what.
 
     `num_actors` null: one a GPU of the cluster as it is, or one if there is none; 0: in this process, without
-    Ray. `gpus_per_actor` null: 1 where there are GPUs. `heads` is a Medusa checkpoint of this backbone, an
+    Ray. `tensor_parallel` processes of an actor share a model that one GPU cannot hold. `gpus_per_actor` null: as
+    many where there are GPUs. `heads` is a Medusa checkpoint of this backbone, an
     earlier version's perhaps, which makes it faster and changes no token (in float32); in a pipeline "champion"
     is the registry's. `speculation` is then as the engine has it: "auto", "off" or a tree size. The run stops
     when more than `max_failed` of all conversations fail, or when a block has ended its worker `max_attempts`
@@ -85,6 +86,7 @@ class DistillConfig(ReplyConfig):
     speculation: Literal["auto", "off"] | int = "auto"
     num_actors: int | None = None
     gpus_per_actor: float | None = None
+    tensor_parallel: int = 1
     cpus_per_actor: float = 1.0
     max_batch_size: int = 64
     max_model_len: int | None = None
@@ -96,13 +98,23 @@ class DistillConfig(ReplyConfig):
 
     def __post_init__(self) -> None:
         ReplyConfig.__post_init__(self)
-        for name in ("rows_per_block", "max_batch_size", "max_attempts"):
+        for name in ("rows_per_block", "max_batch_size", "max_attempts", "tensor_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.quantization is not None and not self.quantized_teacher:
             raise ValueError(
                 f"quantization={self.quantization!r} makes the teacher another model than the one that heads are "
                 "trained on; leave it out, or set quantized_teacher=true to have its replies all the same"
+            )
+        if self.tensor_parallel > 1 and self.quantization is not None:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} and quantization={self.quantization!r} do not go together; "
+                "give one of the two"
+            )
+        if self.tensor_parallel > 1 and self.gpus_per_actor not in (None, 0, self.tensor_parallel):
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} needs as many gpus_per_actor, got {self.gpus_per_actor:g}; "
+                "leave gpus_per_actor out"
             )
         if self.num_actors is not None and self.num_actors < 0:
             raise ValueError(
@@ -213,7 +225,10 @@ class Run:
     def _rows_here(self, tasks: Sequence[pa.Table]) -> Iterator[dict[str, Any]]:
         """One actor as a plain object, called by as many threads as Ray Data would use."""
         actor = BlockActor(self._build_engine, self._config, self._path / WORK, self._config.max_attempts)
-        with ThreadPoolExecutor(self._config.blocks_in_flight, thread_name_prefix="block") as pool:
+        with (
+            closing(actor),
+            ThreadPoolExecutor(self._config.blocks_in_flight, thread_name_prefix="block") as pool,
+        ):
             for done in as_completed([pool.submit(actor, task) for task in tasks]):
                 yield from done.result().to_pylist()
 
@@ -283,7 +298,7 @@ def _progress(console: Console, total: int, done: int) -> Iterator[Callable[[Blo
 def _placement(config: DistillConfig) -> tuple[int, float]:
     """How many actors, and the GPUs of each, where the config leaves it to the cluster."""
     gpus = ray.cluster_resources().get("GPU", 0.0)
-    each = config.gpus_per_actor if config.gpus_per_actor is not None else min(1.0, gpus)
+    each = config.gpus_per_actor if config.gpus_per_actor is not None else min(1.0, gpus) * config.tensor_parallel
     return config.num_actors or max(1, int(gpus / each) if each else 1), each
 
 
@@ -304,6 +319,7 @@ def engine_builder(model: ModelConfig, config: DistillConfig) -> Callable[[], En
         max_model_len=config.max_model_len,
         kv_cache_gb=config.kv_cache_gb,
         quantization=config.quantization,
+        tensor_parallel=config.tensor_parallel,
         speculation=config.speculation,
     )
 

@@ -32,9 +32,11 @@ def test_options_reach_the_service(monkeypatch, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(hash_of("k"))
     options = ["--without-ray", "--port", "8123", "--max-queued", "7", "--speculation", "off", "--log-requests"]
+    options += ["--tensor-parallel", "2"]
     assert run(monkeypatch, "serve", *options, "--api-key-file", str(keys)) == 0
     (config,) = served
     assert (config.port, config.max_queued_requests, config.speculation, config.log_requests) == (8123, 7, "off", True)
+    assert config.tensor_parallel == config.engine_arguments()["tensor_parallel"] == 2
     assert config.all_key_hashes() == (hash_of("k"),)
 
 

@@ -46,10 +46,14 @@ class ScriptedEngine:
         self.fault: Exception | None = None
         self.threads: set[int] = set()
         self.aborted: list[str] = []
+        self.closed_in: int | None = None  # the thread
         self.must_be_idle = False
         self.swapped: list[object] = []
         self._sequences: list[Sequence] = []
         self._steps = self._prefilled = self._drafted = self._accepted = 0
+
+    def close(self) -> None:
+        self.closed_in = threading.get_ident()
 
     def add(self, prompt: str | list[int], params: SamplingParams, *, request_id: str) -> str:
         self.threads.add(threading.get_ident())

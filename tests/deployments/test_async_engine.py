@@ -185,6 +185,7 @@ async def test_close_ends_the_thread_and_what_still_runs(scripted):
             pass
     with pytest.raises(EngineUnavailable):
         await engine.submit([("hello", GREEDY)])
+    assert scripted.closed_in in scripted.threads  # all calls come from one thread
 
 
 async def test_an_idle_engine_sleeps(async_engine, scripted):

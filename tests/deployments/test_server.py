@@ -57,6 +57,9 @@ def options_of(app):
         ({"model": "m", "min_replicas": 3, "max_replicas": 2}, "got 3 and 2"),
         ({"model": "m", "max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
         ({"model": "m", "dtype": "int8"}, "dtype"),
+        ({"model": "m", "tensor_parallel": 0}, "from 1 on, got 0"),
+        ({"model": "m", "tensor_parallel": 2, "quantization": "int8"}, "do not go together"),
+        ({"model": "m", "device": "cuda", "tensor_parallel": 2, "num_gpus": 1}, "needs num_gpus=2"),
         ({"model": "m", "acceptance": {"epsilon": 2.0}}, "epsilon"),
     ],
 )
@@ -77,6 +80,11 @@ def test_the_deployment_follows_the_config():
     assert fixed.num_replicas == 2
     assert fixed.ray_actor_options["num_gpus"] == 1
     assert fixed.max_ongoing_requests > 16 + 256  # the replica refuses, not the proxy
+    for args in ({"device": "cuda"}, {"device": "cuda", "num_gpus": 2}, {"num_gpus": 2}):
+        assert options_of(build_app({"model": "m", "tensor_parallel": 2, **args})).ray_actor_options["num_gpus"] == 2
+    assert (
+        options_of(build_app({"model": "m", "device": "cpu", "tensor_parallel": 2})).ray_actor_options["num_gpus"] == 0
+    )
     scaled = options_of(build_app({"model": "m", "device": "cpu", "max_replicas": 4, "max_batch_size": 8}))
     assert scaled.ray_actor_options["num_gpus"] == 0
     scaling = scaled._deployment_config.autoscaling_config
@@ -408,3 +416,23 @@ def replica_pid():
     children = psutil.Process().children(recursive=True)
     (pid,) = [child.pid for child in children if "ServeReplica:medusa" in " ".join(child.cmdline())]
     return pid
+
+
+@pytest.mark.slow
+def test_a_service_of_two_processes_is_sick_when_one_dies(tiny_llama):
+    """And ends both when it is closed."""
+    arguments = {"device": "cpu", "speculation": "off"}
+    services = [
+        load_service(ServerConfig(model=str(tiny_llama), tensor_parallel=count, **arguments)) for count in (1, 2)
+    ]
+    body = {"model": tiny_llama.name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 9, "seed": 4}
+    with TestClient(services[0].api) as alone, TestClient(services[1].api) as client:
+        replies = [c.post("/v1/chat/completions", json=body).json()["choices"] for c in (alone, client)]
+        assert replies[0] == replies[1]
+        (pid,) = services[1].engine._engine.backbone.followers.pids
+        os.kill(pid, signal.SIGKILL)
+        assert client.post("/v1/chat/completions", json=body).status_code == 503
+        assert client.get("/health").status_code == 503
+        assert alone.get("/health").status_code == 200
+    for service in services:
+        service.close()

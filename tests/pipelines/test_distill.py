@@ -259,7 +259,9 @@ def test_heads_of_an_earlier_version_change_no_token(
 
 
 def test_without_ray_the_tokens_are_the_same(undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path) -> None:
-    here = run(tmp_path / "r", tiny_llama, DistillConfig(**{**CONFIG.__dict__, "num_actors": 0}))
+    """With two processes to the engine as well, which end with the step."""
+    here = run(tmp_path / "r", tiny_llama, DistillConfig(**{**CONFIG.__dict__, "num_actors": 0, "tensor_parallel": 2}))
+    assert not torch.distributed.is_initialized()
     assert rows_of(here) == rows_of(undisturbed)
     assert here.manifest["counts"] == undisturbed.manifest["counts"]
 
@@ -382,6 +384,9 @@ def test_an_attempt_too_many_is_refused(tmp_path: Path) -> None:
         ({"num_actors": -1}, "num_actors must be 0 "),
         ({"max_failed": 2}, "max_failed is a fraction"),
         ({"temperature": -1}, "temperature"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1"),
+        ({"tensor_parallel": 2, "gpus_per_actor": 1.0}, "needs as many gpus_per_actor, got 1"),
+        ({"tensor_parallel": 2, "quantization": "int8", "quantized_teacher": True}, "do not go together"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(config: dict[str, Any], message: str) -> None:
