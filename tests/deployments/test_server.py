@@ -82,9 +82,8 @@ def test_the_deployment_follows_the_config():
     assert fixed.max_ongoing_requests > 16 + 256  # the replica refuses, not the proxy
     for args in ({"device": "cuda"}, {"device": "cuda", "num_gpus": 2}, {"num_gpus": 2}):
         assert options_of(build_app({"model": "m", "tensor_parallel": 2, **args})).ray_actor_options["num_gpus"] == 2
-    assert (
-        options_of(build_app({"model": "m", "device": "cpu", "tensor_parallel": 2})).ray_actor_options["num_gpus"] == 0
-    )
+    on_cpus = options_of(build_app({"model": "m", "device": "cpu", "tensor_parallel": 2}))
+    assert on_cpus.ray_actor_options["num_gpus"] == 0
     scaled = options_of(build_app({"model": "m", "device": "cpu", "max_replicas": 4, "max_batch_size": 8}))
     assert scaled.ray_actor_options["num_gpus"] == 0
     scaling = scaled._deployment_config.autoscaling_config
