@@ -153,6 +153,8 @@ class Backbone:
 
         The digest stays that of the weights as they were: heads belong to them, quantised or not.
         """
+        if self.rank is not None:
+            raise QuantizationError(f"{self.name} is shared out by tensor_parallel and not quantised; load it whole")
         if self.quantization is not None:
             raise QuantizationError(f"{self.name} is quantised to {self.quantization} already; load it again")
         self._digest = self.digest

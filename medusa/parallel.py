@@ -91,7 +91,7 @@ def plan_of(config: PretrainedConfig, size: int) -> dict[str, str]:
     plan = {name: style for name, style in (config.base_model_tp_plan or {}).items() if name.startswith(_LAYERS)}
     if not plan:
         raise ShardingError(f"{kind} has no tensor-parallel plan in transformers; serve it with tensor_parallel=1")
-    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "moe_intermediate_size"):
         count = getattr(config, name, None)
         if count is not None and count % size:
             raise ShardingError(f"{kind} has {name}={count}, which tensor_parallel={size} does not divide evenly")

@@ -47,8 +47,9 @@ class Engine:
 
     `speculation`: "auto" (the measured policy over the checkpoint's trees), "off", or a tree size of the ladder.
     `acceptance`: "exact" (lossless at any temperature) or a `Typical` rule (lossy above temperature 0).
-    `kv_cache_gb` sizes the cache; by default every row of the batch can reach `max_model_len`, on a GPU as far as its
-    free memory goes. `max_prefill_tokens` bounds the prompt tokens computed in one step, while other replies wait.
+    `kv_cache_gb` sizes the cache, that of each process where several share the model; by default every row of the
+    batch can reach `max_model_len`, on a GPU as far as its free memory goes. `max_prefill_tokens` bounds the prompt
+    tokens computed in one step, while other replies wait.
     `step_times`: a stored profile of this machine; without one, "auto" measures at the start.
     """
 

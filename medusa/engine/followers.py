@@ -117,7 +117,7 @@ class Followers:
         self._failure = f"tensor parallelism has ended, and this engine with it; start another one\ncause: {reason}"
         for process in self._processes:
             process.kill()
-        self._end()
+        _end(self._processes, self._connections, Event())  # whoever watches them may still break sums off
 
     def _last_words(self) -> str | None:
         """What the follower that failed says of it, or its exit status; None where none has failed."""

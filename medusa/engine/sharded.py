@@ -140,7 +140,13 @@ def load_sharded(
     Raises UnsupportedModelError or ShardingError for a model that cannot be shared out so, before anything is started,
     and TensorParallelError when a follower fails.
     """
-    device_type = default_device(device).type
+    chosen = default_device(device)
+    if chosen.index not in (None, 0):
+        raise ShardingError(
+            f"tensor_parallel takes the first GPUs that are visible, got device={str(device)!r}; give 'cuda', and "
+            "choose them by CUDA_VISIBLE_DEVICES"
+        )
+    device_type = chosen.type
     directory = model_directory(name)
     _check(directory, size, device_type, heads)
     followers = Followers.start(size - 1)

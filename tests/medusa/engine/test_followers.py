@@ -123,6 +123,8 @@ def test_what_cannot_be_shared_out_is_refused_before_anything_starts(make_backbo
             Engine.from_pretrained(make_backbone_dir(family), device="cpu", tensor_parallel=size)
     with pytest.raises(QuantizationError, match="tensor_parallel=2 do not go together"):
         Engine.from_pretrained(tiny_llama, device="cpu", tensor_parallel=2, quantization="int8")
+    with pytest.raises(ShardingError, match="first GPUs that are visible"):
+        Engine.from_pretrained(tiny_llama, device="cuda:1", tensor_parallel=2)
     with pytest.raises(ShardingError, match="one of the devices"):
         Engine.from_pretrained(tiny_llama, device="meta", tensor_parallel=2)
 
