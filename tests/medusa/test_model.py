@@ -396,7 +396,7 @@ def test_keys_and_values_of_different_sizes_are_refused_by_name(monkeypatch):
     usual = {name: value for name, value in TINY.items() if name != "head_dim"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **usual, **sizes))
     monkeypatch.setattr("medusa.model.check_supported", lambda *_: None)
-    with pytest.raises(UnsupportedModelError, match=r"deepseek_v3 attends .* \[\(4, 32, 8\)\]"):
+    with pytest.raises(UnsupportedModelError, match=r"deepseek_v3 attends .* \[\(4, 4, 32, 8\)\]"):
         Backbone(model, name="latent attention")
 
 

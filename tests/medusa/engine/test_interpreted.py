@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import files_of, interpreted_results, needs_triton
+from tests.medusa.interpreter import FolderRun, files_of, interpreted, interpreted_results, needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
+TEAM = Path(__file__).parent / "interpreted_team"  # whose tests start processes of their own
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +25,10 @@ def test_the_gpus_engine_in_the_interpreter(results, file):
     passed, failed = counts[file]
     assert failed == 0, output
     assert passed > 0, output
+
+
+@needs_triton
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_gpus_engine_in_two_processes(speed):
+    counts, output = FolderRun.start(TEAM, interpreted() | {"PYTEST_ADDOPTS": f"-m '{speed}'"}).finished(280)
+    assert counts["test_team"] == [1, 0], output
