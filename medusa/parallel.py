@@ -67,10 +67,13 @@ def join(
     meet: Callable[[], None],
 ) -> Rank:
     """Becomes one of `size` processes. `timeout` bounds each sum. torch has one default group a process: this is it."""
-    if device_type == "cuda":
-        torch.cuda.set_device(index)
+    device = device_of(device_type, index) if device_type == "cuda" else None
+    if device is not None:
+        torch.cuda.set_device(device)
         os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast; NCCL reads it when the first sum is made
-    distributed.init_process_group(BACKENDS[device_type], store=store, rank=index, world_size=size, timeout=timeout)
+    distributed.init_process_group(
+        BACKENDS[device_type], store=store, rank=index, world_size=size, timeout=timeout, device_id=device
+    )
     return Rank(index, init_device_mesh(device_type, (size,), mesh_dim_names=("tp",)), meet)
 
 

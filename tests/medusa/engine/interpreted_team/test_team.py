@@ -61,13 +61,12 @@ def made(make_backbone_dir, tmp_path_factory):
 def test_a_fused_family(made):
     engines = made("qwen2")  # biases beside its column-split weights
     each = [
-        params(),
         params(temperature=1.2, top_k=20, top_p=0.8),
-        params(temperature=0.7, logprobs=1, frequency_penalty=0.5, max_tokens=3),
+        params(temperature=0.7, logprobs=1, frequency_penalty=0.5, max_tokens=2),
     ]
-    completions = assert_equal_runs(engines, [PROMPTS[i] for i in (0, 2, 3)], each, TREES[8])
+    completions = assert_equal_runs(engines, [PROMPTS[0], PROMPTS[2]], each, TREES[8])
     assert max(count for c in completions for count in c.accepted_per_step) > 1
-    assert_equal_runs(engines, PROMPTS[2:3], params(temperature=0.8, max_tokens=3), TREES[1])
+    assert_equal_runs(engines, PROMPTS[2:3], params(temperature=0.8, max_tokens=2), TREES[1])
     assert engines[1]._runner.lag == 1
 
     followers = engines[1].backbone.followers
