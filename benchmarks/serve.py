@@ -20,6 +20,14 @@ def serve(
     requests: Annotated[int, typer.Option(help="Requests a concurrency.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 128,
     reply_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
+    route: Annotated[str, typer.Option(help="completions (token ids) or chat (a template and text).")] = "completions",
+    paced: Annotated[
+        bool,
+        typer.Option(help="An engine that only passes a 7B model's step times: the host's cost, no speed of decoding."),
+    ] = False,
+    step_times: Annotated[
+        Path | None, typer.Option(help="With --paced: a profile's JSON, in the form of StepTimes.to_dict.")
+    ] = None,
     through: Annotated[str, typer.Option(help="uvicorn (one process) or ray (Ray Serve).")] = "uvicorn",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the engine's.")] = None,
@@ -27,28 +35,37 @@ def serve(
 ) -> None:
     """Measures tokens a second and the time to the first token, through REST and of the engine alone.
 
-    Example: `medusa bench serve --model models/chat-8m --concurrency 1,8 --requests 16`
+    Example: `medusa bench serve --model models/chat-8m --concurrency 1,8 --requests 16`. Without a GPU
+    `medusa bench serve --paced` measures what the host costs beside one.
     """
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from benchmarks.serving import Load, compare, write_report
+    from benchmarks.paced import pacing_of
+    from benchmarks.serving import Load, compare
+    from benchmarks.serving_report import write_report
     from deployments.config import ServerConfig
     from deployments.local import free_port
     from medusa.config import ConfigError, validate
 
     if through not in ("uvicorn", "ray"):
         raise ConfigError(f"--through is uvicorn or ray, got {through}")
+    if route not in ("completions", "chat"):
+        raise ConfigError(f"--route is completions or chat, got {route}")
+    pacing = pacing_of(step_times) if paced else None
+    if paced and (through == "ray" or heads or speculation != "off"):
+        raise ConfigError("--paced has an engine of its own, through uvicorn; leave --through, --heads, --speculation")
     numbers = concurrency.replace(" ", "").split(",")
     if not all(number.isdigit() and int(number) for number in numbers):
         raise ConfigError(f"--concurrency is numbers from 1 on with commas between, got {concurrency!r}")
-    load = Load(tuple(map(int, numbers)), requests, prompt_tokens, reply_tokens)
+    load = Load(tuple(map(int, numbers)), requests, prompt_tokens, reply_tokens, route)
     size = int(speculation) if speculation.isdigit() else speculation
     given = {"model": model, "heads": heads, "speculation": size, "device": device, "dtype": dtype}
     config = validate(ServerConfig, given | {"port": free_port()}, source="the command line")
     console = Console()
     console.print(f"measuring {config.served_name} alone, then through {through} ...", highlight=False)
-    report = write_report(out, config, load, through, compare(config, load, through=through))
+    rows = compare(config, load, through=through, pacing=pacing)
+    report = write_report(out, config, load, through, rows, pacing)
     console.print(Markdown(report.read_text()))
     console.print(f"figures: {out / 'serve.json'}", highlight=False)
 

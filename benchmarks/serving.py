@@ -2,6 +2,7 @@
 
 Both sides run the same engine settings, prompts and reply lengths (greedy, EOS ignored), each in a process of its own,
 one after the other for each concurrency. A worker keeps `concurrency` requests in flight until all are answered.
+With a pacing (paced.py) the engine has no device: what is compared then is the host's cost alone.
 """
 
 from __future__ import annotations
@@ -9,35 +10,56 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-import aiohttp
+import psutil
 import torch
 
+from benchmarks.paced import PacedEngine, Pacing
+from benchmarks.sse_client import Connection, Streamed
 from deployments.config import ServerConfig
+from deployments.server import load_engine
 from medusa import Engine, SamplingParams
+from medusa.tokenizer import ChatTokenizer
 
 Through = Literal["uvicorn", "ray"]
+Route = Literal["completions", "chat"]
+LoadEngine = Callable[[ServerConfig], Engine]
 WARM_UP = 2  # requests that are not counted, a side and concurrency
 
 
 @dataclass(frozen=True)
+class Question:
+    """One request, as the engine and as REST are asked it."""
+
+    prompt_ids: list[int]
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Load:
-    """`requests` for each concurrency, of `prompt_tokens` and `reply_tokens`. The prompts follow from the seed."""
+    """`requests` for each concurrency, of `prompt_tokens` (by `chat`: about as many) and `reply_tokens`. The prompts
+    follow from the seed."""
 
     concurrencies: tuple[int, ...] = (1, 4, 16, 64)
     requests: int = 64
     prompt_tokens: int = 128
     reply_tokens: int = 128
+    route: Route = "completions"
     seed: int = 0
+
+    @property
+    def path(self) -> str:
+        return "/v1/completions" if self.route == "completions" else "/v1/chat/completions"
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """No two begin alike, so that none is found in a cache of prompts."""
@@ -46,20 +68,49 @@ class Load:
         ids = torch.randint(low, vocab_size, (self.requests, self.prompt_tokens), generator=generator)
         return ids.tolist()
 
+    def questions(self, tokenizer: ChatTokenizer) -> list[Question]:
+        """Chat asks the same prompts as messages, so that the service has a template to render and text to tokenise."""
+        options = {
+            "max_tokens": self.reply_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        prompts = self.prompts(tokenizer.vocab_size)
+        if self.route == "completions":
+            return [Question(ids, {"prompt": ids} | options) for ids in prompts]
+        chats = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in prompts]
+        return [Question(tokenizer.encode_chat(chat), {"messages": chat} | options) for chat in chats]
+
+
+@dataclass(frozen=True)
+class Cpu:
+    """Processor seconds for each 1,000 tokens: of the engine's thread (with the service's small ones), of its event
+    loop, and of the client."""
+
+    engine: float
+    loop: float = 0.0
+    client: float = 0.0
+
 
 @dataclass(frozen=True)
 class Side:
-    """One side at one concurrency."""
+    """One side at one concurrency. `steps` are the engine's; `cpu` is None where threads cannot be told apart."""
 
     tokens_per_second: float
     first_token_median_s: float
     first_token_p95_s: float
+    steps: int = 0
+    step_s: float = 0.0  # from one to the next
+    cpu: Cpu | None = None
 
     @classmethod
-    def of(cls, tokens: int, seconds: float, first: Sequence[float]) -> Side:
+    def of(cls, tokens: int, seconds: float, first: Sequence[float], *, steps: int = 0, cpu: Cpu | None = None) -> Side:
         ordered = sorted(first)
         p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-        return cls(tokens / seconds, statistics.median(ordered), p95)
+        step_s = seconds / steps if steps else 0.0
+        return cls(tokens / seconds, statistics.median(ordered), p95, steps, step_s, cpu)
 
 
 @dataclass(frozen=True)
@@ -78,20 +129,32 @@ class Comparison:
         return self.service.first_token_median_s - self.engine.first_token_median_s
 
 
-def compare(config: ServerConfig, load: Load, *, through: Through = "uvicorn") -> list[Comparison]:
+def compare(
+    config: ServerConfig, load: Load, *, through: Through = "uvicorn", pacing: Pacing | None = None
+) -> list[Comparison]:
     """Runs both sides. The engine's batch is as large as the largest concurrency."""
     config = replace(config, max_batch_size=max(config.max_batch_size, *load.concurrencies))
-    alone = in_new_process(measure_engine, config, load)
-    with _running(config, through) as url:
-        served = [asyncio.run(measure_service(url, config, load, c)) for c in load.concurrencies]
+    load_it: LoadEngine = partial(load_paced, pacing=pacing) if pacing else load_engine
+    questions = load.questions(ChatTokenizer.from_pretrained(config.model))
+    alone = _in_new_process(measure_engine, config, load, questions, load_it)
+    with _running(config, through, load_it) as service:
+        served = [asyncio.run(measure_service(service, load, questions, c)) for c in load.concurrencies]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
 
 
-def measure_engine(config: ServerConfig, load: Load) -> list[Side]:
+def load_paced(config: ServerConfig, pacing: Pacing) -> Engine:
+    return PacedEngine.load(
+        config.model, pacing=pacing, max_batch_size=config.max_batch_size, max_model_len=config.max_model_len
+    )
+
+
+def measure_engine(
+    config: ServerConfig, load: Load, questions: Sequence[Question], load_it: LoadEngine = load_engine
+) -> list[Side]:
     """The engine alone, stepped as fast as it goes."""
-    engine = Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+    engine = load_it(config)
     params = SamplingParams(max_tokens=load.reply_tokens, temperature=0.0, ignore_eos=True)
-    prompts = load.prompts(engine.tokenizer.vocab_size)
+    prompts = [question.prompt_ids for question in questions]
     sides = []
     for concurrency in load.concurrencies:
         run_engine(engine, prompts[:WARM_UP], params, concurrency)
@@ -104,7 +167,7 @@ def run_engine(engine: Engine, prompts: list[list[int]], params: SamplingParams,
     added: dict[str, float] = {}
     first: dict[str, float] = {}
     tokens = in_flight = 0
-    started = time.perf_counter()
+    steps, started, cpu = engine.stats().steps, time.perf_counter(), time.process_time()
     while waiting or in_flight:
         while waiting and in_flight < concurrency:
             added[engine.add(waiting.pop(), params)] = time.perf_counter()
@@ -113,116 +176,87 @@ def run_engine(engine: Engine, prompts: list[list[int]], params: SamplingParams,
             tokens += len(output.token_ids)
             first.setdefault(output.request_id, time.perf_counter() - added[output.request_id])
             in_flight -= output.finished is not None
-    return Side.of(tokens, time.perf_counter() - started, list(first.values()))
+    seconds = time.perf_counter() - started
+    used = Cpu(1000 * (time.process_time() - cpu) / tokens)
+    return Side.of(tokens, seconds, list(first.values()), steps=engine.stats().steps - steps, cpu=used)
 
 
-async def measure_service(url: str, config: ServerConfig, load: Load, concurrency: int) -> Side:
-    """Streamed completions over HTTP, each worker asking for the next when its last has ended."""
-    connector = aiohttp.TCPConnector(limit=concurrency)
-    async with aiohttp.ClientSession(url, connector=connector) as session:
-        async with session.get("/tokenizer_info") as response:
-            prompts = load.prompts((await response.json())["vocab_size"])
-        await _run_service(session, prompts[:WARM_UP], load, concurrency)
-        return await _run_service(session, prompts, load, concurrency)
+@dataclass(frozen=True)
+class Running:
+    """The service that is measured; `pid` is its process where that has it alone."""
+
+    url: str
+    pid: int | None
+
+    def steps(self) -> int:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=60) as response:
+            return int(json.load(response)["engine"]["steps"])
+
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Of all threads but the first, and of the first, which is the event loop's."""
+        if self.pid is None:
+            return 0.0, 0.0
+        spent = {thread.id: thread.user_time + thread.system_time for thread in psutil.Process(self.pid).threads()}
+        loop = spent.pop(self.pid)
+        return sum(spent.values()), loop
 
 
-async def _run_service(session: aiohttp.ClientSession, prompts: list[list[int]], load: Load, concurrency: int) -> Side:
-    waiting, first, tokens = list(reversed(prompts)), [], 0
+async def measure_service(service: Running, load: Load, questions: Sequence[Question], concurrency: int) -> Side:
+    """Streamed replies over HTTP, each worker asking for the next when its last has ended."""
+    address = urlsplit(service.url)
+    assert address.hostname is not None and address.port is not None
+    connections = [await Connection.open(address.hostname, address.port) for _ in range(concurrency)]
+    try:
+        await _ask_all(connections, load, questions[:WARM_UP])
+        steps, before, client = service.steps(), service.cpu_seconds(), time.process_time()
+        started = time.perf_counter()
+        replies = await _ask_all(connections, load, questions)
+        seconds = time.perf_counter() - started
+        client, after = time.process_time() - client, service.cpu_seconds()
+    finally:
+        for connection in connections:
+            connection.close()
+    tokens = load.reply_tokens * len(replies)
+    spent = [1000 * (end - begin) / tokens for begin, end in zip(before, after, strict=True)]
+    cpu = Cpu(*spent, 1000 * client / tokens) if service.pid is not None else None
+    first = [reply.first_s for reply in replies]
+    return Side.of(tokens, seconds, first, steps=service.steps() - steps, cpu=cpu)
 
-    async def work() -> None:
-        nonlocal tokens
+
+async def _ask_all(connections: Sequence[Connection], load: Load, questions: Sequence[Question]) -> list[Streamed]:
+    """Raises RuntimeError for a reply that is not whole."""
+    waiting, replies = list(reversed(questions)), []
+
+    async def work(connection: Connection) -> None:
         while waiting:
-            seconds, count = await ask(session, waiting.pop(), load.reply_tokens)
-            first.append(seconds)
-            tokens += count
+            reply = await connection.ask(load.path, waiting.pop().body)
+            if (usage := reply.last["usage"])["completion_tokens"] != load.reply_tokens:
+                raise RuntimeError(f"a reply of {load.reply_tokens} tokens was asked for, its usage is {usage}")
+            replies.append(reply)
 
-    started = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(concurrency)))
-    return Side.of(tokens, time.perf_counter() - started, first)
-
-
-async def ask(session: aiohttp.ClientSession, prompt: list[int], reply_tokens: int) -> tuple[float, int]:
-    """Seconds to the first token, and tokens. Raises for a reply that is not whole."""
-    body = {
-        "prompt": prompt,
-        "max_tokens": reply_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    started, first, last = time.perf_counter(), None, b""
-    async with session.post("/v1/completions", json=body) as response:
-        response.raise_for_status()
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                first = first or time.perf_counter() - started
-                last = line
-    usage = json.loads(last[6:])["usage"]
-    if first is None or usage["completion_tokens"] != reply_tokens:
-        raise RuntimeError(f"a reply of {reply_tokens} tokens was asked for, its usage is {usage}")
-    return first, usage["completion_tokens"]
+    await asyncio.gather(*map(work, connections))
+    return replies
 
 
 @contextmanager
-def _running(config: ServerConfig, through: Through) -> Iterator[str]:
+def _running(config: ServerConfig, through: Through, load_it: LoadEngine) -> Iterator[Running]:
     from deployments import local
 
     if through == "ray":
         with local.local_service(config) as url:
-            yield url
+            yield Running(url, None)
         return
-    process = multiprocessing.get_context("spawn").Process(target=local.serve_without_ray, args=[config])
-    process.start()
+    serve = multiprocessing.get_context("spawn").Process(target=local.serve_without_ray, args=[config, load_it])
+    serve.start()
     try:
         url = f"http://{config.host}:{config.port}"
-        local.wait_until_healthy(url, 600.0, is_alive=process.is_alive)
-        yield url
+        local.wait_until_healthy(url, 600.0, is_alive=serve.is_alive)
+        yield Running(url, serve.pid)
     finally:
-        process.terminate()
-        process.join(60)
+        serve.terminate()
+        serve.join(60)
 
 
 def in_new_process(function: Any, *arguments: Any) -> Any:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-def write_report(directory: Path, config: ServerConfig, load: Load, through: Through, rows: list[Comparison]) -> Path:
-    """serve.json and serve.md in `directory`; returns the latter."""
-    directory.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    content = {
-        "machine": machine,
-        "model": config.served_name,
-        "heads": config.heads,
-        "speculation": config.speculation,
-        "through": through,
-        "load": asdict(load),
-        "rows": [asdict(row) | {"share": row.share, "added_first_token_s": row.added_first_token_s} for row in rows],
-    }
-    (directory / "serve.json").write_text(json.dumps(content, indent=2) + "\n")
-    report = directory / "serve.md"
-    report.write_text(_markdown(content, rows))
-    return report
-
-
-def _markdown(content: dict[str, Any], rows: list[Comparison]) -> str:
-    load = content["load"]
-    lines = [
-        f"# What REST costs: {content['model']} on {content['machine']}",
-        "",
-        f"{load['requests']} requests for each concurrency, {load['prompt_tokens']} prompt and {load['reply_tokens']} "
-        f"reply tokens, speculation {content['speculation']}, streamed through {content['through']}; the client runs "
-        "on the same machine.",
-        "",
-        "| concurrency | engine, tokens/s | REST, tokens/s | REST / engine | first token: engine | REST | added |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.concurrency} | {row.engine.tokens_per_second:.1f} | {row.service.tokens_per_second:.1f} "
-            f"| {row.share:.1%} | {1000 * row.engine.first_token_median_s:.1f} ms "
-            f"| {1000 * row.service.first_token_median_s:.1f} ms | {1000 * row.added_first_token_s:.1f} ms |"
-        )
-    return "\n".join(lines) + "\n"

@@ -19,7 +19,8 @@ from ray import serve
 
 from deployments import logs
 from deployments.config import ServerConfig
-from deployments.server import build_app, load_service
+from deployments.server import build_app, load_engine, load_service
+from medusa import Engine
 from medusa.config import ConfigError
 
 APP_NAME = "medusa"
@@ -58,10 +59,10 @@ def local_service(config: ServerConfig) -> Iterator[str]:
                 serve.shutdown()
 
 
-def serve_without_ray(config: ServerConfig) -> None:
+def serve_without_ray(config: ServerConfig, load: Callable[[ServerConfig], Engine] = load_engine) -> None:
     """Serves from this process alone until SIGINT or SIGTERM."""
     logs.install(requests=config.log_requests)
-    service = load_service(config)
+    service = load_service(config, load=load)
     try:
         with _stop_signals():  # uvicorn raises the signal again once it has ended, for whoever handled it before
             uvicorn.run(

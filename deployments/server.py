@@ -53,10 +53,20 @@ class LoadedService:
             self.samples.close()
 
 
-def load_service(config: ServerConfig, *, replica: str = "local", send_request_id: bool = True) -> LoadedService:
+def load_engine(config: ServerConfig) -> Engine:
+    return Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+
+
+def load_service(
+    config: ServerConfig,
+    *,
+    replica: str = "local",
+    send_request_id: bool = True,
+    load: Callable[[ServerConfig], Engine] = load_engine,
+) -> LoadedService:
     """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
     heads = verified(config.heads_config)
-    engine = Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+    engine = load(config)
     if config.backbone_digest not in (None, engine.backbone.digest):
         raise CheckpointMismatchError(
             f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "

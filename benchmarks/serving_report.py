@@ -1,0 +1,92 @@
+"""The report of `medusa bench serve`: serve.json and serve.md."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.paced import Pacing
+from benchmarks.serving import Comparison, Cpu, Load, Through
+from deployments.config import ServerConfig
+
+
+def write_report(
+    directory: Path,
+    config: ServerConfig,
+    load: Load,
+    through: Through,
+    rows: Sequence[Comparison],
+    pacing: Pacing | None = None,
+) -> Path:
+    """serve.json and serve.md in `directory`; returns the latter."""
+    directory.mkdir(parents=True, exist_ok=True)
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    content = {
+        "machine": machine,
+        "model": config.served_name,
+        "heads": config.heads,
+        "speculation": config.speculation,
+        "paced": asdict(pacing) | {"step_times": pacing.step_times.to_dict()["step_times"]} if pacing else None,
+        "through": through,
+        "load": asdict(load),
+        "rows": [asdict(row) | {"share": row.share, "added_first_token_s": row.added_first_token_s} for row in rows],
+    }
+    (directory / "serve.json").write_text(json.dumps(content, indent=2) + "\n")
+    report = directory / "serve.md"
+    report.write_text(_markdown(content, rows))
+    return report
+
+
+def _markdown(content: dict[str, Any], rows: Sequence[Comparison]) -> str:
+    load = content["load"]
+    lines = [
+        f"# What REST costs: {content['model']} on {content['machine']}",
+        "",
+        f"{load['requests']} requests for each concurrency, {load['prompt_tokens']} prompt and {load['reply_tokens']} "
+        f"reply tokens, {_decoding(content)}, streamed from /v1/{load['route']} through {content['through']}; the "
+        "client runs on the same machine.",
+        "",
+        "| concurrency | engine, tokens/s | REST, tokens/s | REST / engine | first token: engine | REST | added |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row.concurrency} | {row.engine.tokens_per_second:.1f} | {row.service.tokens_per_second:.1f} "
+            f"| {row.share:.1%} | {1000 * row.engine.first_token_median_s:.1f} ms "
+            f"| {1000 * row.service.first_token_median_s:.1f} ms | {1000 * row.added_first_token_s:.1f} ms |"
+        )
+    lines += [
+        "",
+        "A step is the time from one to the next. Processor time is for each 1,000 tokens: of the engine alone, and with",
+        "REST of the engine's thread, of the service's event loop and of the client.",
+        "",
+        "| concurrency | step: engine | REST | CPU: engine alone | engine's thread | event loop | client |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        alone, served = row.engine.cpu, row.service.cpu
+        cells = [
+            _milliseconds(alone, "engine"),
+            *(_milliseconds(served, name) for name in ("engine", "loop", "client")),
+        ]
+        lines.append(
+            f"| {row.concurrency} | {1000 * row.engine.step_s:.2f} ms | {1000 * row.service.step_s:.2f} ms "
+            f"| {' | '.join(cells)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _decoding(content: dict[str, Any]) -> str:
+    if content["paced"]:
+        return "**a paced engine without a device: the host's cost, no speed of decoding**"
+    return f"speculation {content['speculation']}"
+
+
+def _milliseconds(cpu: Cpu | None, name: str) -> str:
+    return f"{1000 * getattr(cpu, name):.1f} ms" if cpu else ""
