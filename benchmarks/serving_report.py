@@ -63,8 +63,8 @@ def _markdown(content: dict[str, Any], rows: Sequence[Comparison]) -> str:
         )
     lines += [
         "",
-        "A step is the time from one to the next. Processor time is for each 1,000 tokens: of the engine alone, and with",
-        "REST of the engine's thread, of the service's event loop and of the client.",
+        "A step is the time from one to the next. Processor time is for each 1,000 tokens: of the engine alone, and",
+        "with REST of the engine's thread, of the service's event loop and of the client.",
         "",
         "| concurrency | step: engine | REST | CPU: engine alone | engine's thread | event loop | client |",
         "|---|---|---|---|---|---|---|",

@@ -21,7 +21,7 @@ from functools import partial
 
 from deployments.admission import Admission, Bounds, Demand
 from deployments.handover import Handover, Pace
-from deployments.metrics import Metrics, clock
+from deployments.metrics import Metrics, StepTokens, clock
 from deployments.recorder import RequestRecord, StepSpan
 from deployments.streams import FailedHeads, HeadsVersion, Stream
 from medusa import Engine, EngineStats, Grammar, Output, SamplingParams
@@ -299,13 +299,13 @@ class AsyncEngine:
             command()
 
     def _publish(self, outputs: Iterable[Output], step: StepSpan) -> None:
-        is_urgent = False
+        is_urgent, tokens = False, StepTokens()
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:  # aborted since
                 continue
             begins = not request.record.has_begun
-            request.record.output(output, step, self.metrics)
+            request.record.output(output, step, self.metrics, tokens)
             if begins and request.record.has_begun:
                 self._began(request.stream, request.record.prompt_tokens)
             is_urgent |= begins or output.finished is not None
@@ -313,6 +313,7 @@ class AsyncEngine:
             request.unfinished -= output.finished is not None
             if request.unfinished == 0:
                 del self._requests[output.request_id]
+        self.metrics.generated(tokens)
         if is_urgent or self._handover.is_due(step.after.running) or not self._engine.has_unfinished():
             self._handover.flush()
 

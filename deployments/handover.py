@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from deployments.metrics import clock
-from deployments.streams import Stream
+from deployments.streams import Item, Stream
 from medusa import Output
-
-Item = tuple[int, Output] | Exception | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,6 +22,24 @@ SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 
 LONG_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 PER_STEP = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 5.0, 6.0)
+
+
+@dataclass
+class StepTokens:
+    """What a step gave all of its replies: tokens, trees that were checked, and of their guesses those kept, by head.
+    `seconds_each` has, for every reply, the time since its last tokens, divided among the new ones."""
+
+    tokens: int = 0
+    drafts: int = 0
+    kept_by_position: list[int] = field(default_factory=list)
+    seconds_each: list[float] = field(default_factory=list)
+
+    def drafted(self, num_kept: int) -> None:
+        """One reply's tree, of which so many guesses were kept."""
+        self.drafts += 1
+        self.kept_by_position += [0] * (num_kept - len(self.kept_by_position))
+        for position in range(num_kept):
+            self.kept_by_position[position] += 1
 
 
 class Metrics:
@@ -103,12 +122,6 @@ class Metrics:
         self._waiting.set(now.waiting)
         self._pages.set(now.pages_used / now.pages_total if now.pages_total else 0.0)
 
-    def drafted(self, num_accepted: int) -> None:
-        """One reply's tree in one step, of which so many guesses were kept."""
-        self._drafts.inc()
-        for position in range(num_accepted):
-            self._by_position.labels(**self._labels, position=str(position)).inc()
-
     def queued(self, prompt_tokens: int) -> None:
         self._queued_tokens.set(prompt_tokens)
 
@@ -117,11 +130,15 @@ class Metrics:
         self._ttft.observe(first_token_s)
         self._prompt_length.observe(prompt_tokens)
 
-    def generated(self, num_tokens: int, seconds_each: float | None = None) -> None:
-        """Tokens of one reply in one step; `seconds_each` since its last ones, divided among them."""
-        self._generated.inc(num_tokens)
-        if seconds_each is not None:
-            self._itl.observe(seconds_each)
+    def generated(self, step: StepTokens) -> None:
+        """All tokens of one step. Metrics are under locks of their own, so one update a step costs less than many."""
+        self._generated.inc(step.tokens)
+        if step.drafts:
+            self._drafts.inc(step.drafts)
+        for position, kept in enumerate(step.kept_by_position):
+            self._by_position.labels(**self._labels, position=str(position)).inc(kept)
+        for seconds in step.seconds_each:
+            self._itl.observe(seconds)
 
     def finished(self, completion: Completion, seconds: float) -> None:
         self._finished.labels(**self._labels, finished_reason=completion.finish_reason).inc()

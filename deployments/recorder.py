@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deployments.metrics import Metrics
+from deployments.metrics import Metrics, StepTokens
 from medusa import EngineStats, Output
 
 
@@ -30,7 +30,8 @@ class RequestRecord:
     def has_begun(self) -> bool:
         return bool(self._last)
 
-    def output(self, output: Output, step: StepSpan, metrics: Metrics) -> None:
+    def output(self, output: Output, step: StepSpan, metrics: Metrics, tokens: StepTokens) -> None:
+        """`tokens` adds up what the step gave, for whoever records it as a whole."""
         last = self._last.get(output.index)
         count = len(output.token_ids)
         if last is None:
@@ -40,10 +41,10 @@ class RequestRecord:
                     first_token_s=step.ended - self._submitted,
                     prompt_tokens=self.prompt_tokens,
                 )
-            metrics.generated(count)
         elif count:
-            metrics.generated(count, (step.ended - last) / count)
-            metrics.drafted(output.num_draft_accepted)
+            tokens.seconds_each.append((step.ended - last) / count)
+            tokens.drafted(output.num_draft_accepted)
+        tokens.tokens += count
         if count:
             self._last[output.index] = step.ended
         if output.finished is not None:

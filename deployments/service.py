@@ -182,32 +182,34 @@ class Service:
     ) -> AsyncIterator[str]:
         # Where each step is to be told apart, outputs that wait for a slow reader stay apart as well.
         outputs: AsyncIterator[tuple[int, Output]] = stream if body.include_acceptance else stream.merged()
+        null_usage, continuous, told = body.include_usage, body.continuous_usage, body.include_acceptance
+        is_told_each = continuous or told
+        stream.expire_at(deadline)
+        events = ""  # what is to be sent together
         try:
-            while True:
-                async with asyncio.timeout_at(deadline):
-                    prompt, output = await anext(outputs)
+            async for prompt, output in outputs:
                 choice = prompt * n + output.index
                 tally.add(choice, output)
-                told_each = body.continuous_usage or body.include_acceptance
-                text = None if told_each else reply.text_chunk(choice, output, null_usage=body.include_usage)
+                text = None if is_told_each else reply.text_chunk(choice, output, null_usage=null_usage)
                 if text is not None:
                     if text:
                         yield event(text)
                     continue
-                for chunk in reply.chunks(choice, output, include_acceptance=body.include_acceptance):
-                    if body.include_usage:
-                        chunk.usage = tally.so_far() if body.continuous_usage else None
-                    yield event(chunk.to_json())
-        except StopAsyncIteration:
-            pass
+                for chunk in reply.chunks(choice, output, include_acceptance=told):
+                    if null_usage:
+                        chunk.usage = tally.so_far() if continuous else None
+                    events += event(chunk.to_json())
+                if not stream.is_finished:  # the last goes with what ends the stream
+                    yield events
+                    events = ""
         except (EngineUnavailable, TimeoutError) as error:
             answer = self._too_late() if isinstance(error, TimeoutError) else errors.from_engine(error)
             yield event(json.dumps(answer.body()))
             return  # no [DONE]: the reply is not whole
         usage = tally.total()
-        if body.include_usage:
-            yield event(reply.usage_chunk(usage).to_json())
-        yield event("[DONE]")
+        if null_usage:
+            events += event(reply.usage_chunk(usage).to_json())
+        yield events + event("[DONE]")
 
     def _too_late(self) -> ApiError:
         message = f"The reply was not whole after {self.settings.request_timeout_s:g} s; ask for fewer tokens."

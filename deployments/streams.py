@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from deployments.admission import Demand
 from medusa import Output
+
+Item = tuple[int, Output] | Exception | None  # the first of a stream is None: its prompts were taken
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class FailedHeads:
 class Stream:
     """(index of the prompt, Output) pairs of one submission, until every reply has finished; then it ends.
 
-    Close it when done with it early: that aborts what still runs. To be used on the loop that submitted.
+    Close it when done with it early: that aborts what still runs. To be used on the loop that submitted, by one reader.
     """
 
     def __init__(self, demand: Demand, on_close: Callable[[Stream], None]) -> None:
@@ -39,7 +42,9 @@ class Stream:
         self.request_ids: list[str] = []  # the engine's thread writes these two, before it accepts
         self.heads = HeadsVersion()
         self._unfinished = demand.replies
-        self._items: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+        self._items: deque[Item] = deque()
+        self._reader: asyncio.Future[None] | None = None  # while it waits
+        self._expiry: asyncio.TimerHandle | None = None
         self._on_close = on_close
         self._closed = False
 
@@ -61,29 +66,37 @@ class Stream:
     async def merged(self) -> AsyncIterator[tuple[int, Output]]:
         """The same, with what waits for a reader joined into one output a reply: a slow client gets few big ones."""
         while not self._closed:
-            item = await self._receive()
+            await self._filled()
             waiting: list[tuple[int, Output]] = []
-            while isinstance(item, tuple):
-                waiting.append(item)
-                item = None if self._items.empty() else self._items.get_nowait()
+            while self._items and isinstance(self._items[0], tuple):
+                waiting.append(self._items.popleft())
             for prompt, output in _joined(waiting):
                 self._count(output)
                 yield prompt, output
-            if isinstance(item, Exception):
-                self.close()
-                raise item
+            if self._items and isinstance(self._items[0], Exception):
+                await self._receive()
 
     async def accepted(self) -> None:
         """Returns once the engine took the prompts; raises its ValueError if it refused one."""
         await self._receive()
 
+    def expire_at(self, deadline: float) -> None:
+        """From then on (the loop's time) reading raises TimeoutError, after what came before. One timer a stream, as
+        one for each output would cost more than the output."""
+        if not self._closed:
+            self._expiry = self.loop.call_at(deadline, self.deliver, TimeoutError())
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            if self._expiry is not None:
+                self._expiry.cancel()
             self._on_close(self)
 
-    def deliver(self, item: tuple[int, Output] | Exception | None) -> None:
-        self._items.put_nowait(item)
+    def deliver(self, item: Item) -> None:
+        self._items.append(item)
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _count(self, output: Output) -> None:
         if output.finished is not None:
@@ -92,14 +105,26 @@ class Stream:
                 self.close()
 
     async def _receive(self) -> tuple[int, Output] | None:
-        item = await self._items.get()
+        await self._filled()
+        item = self._items.popleft()
         if isinstance(item, Exception):
             self.close()
             raise item
         return item
 
+    async def _filled(self) -> None:
+        """Returns once something waits to be read."""
+        while not self._items:
+            self._reader = self.loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+
 
 def _joined(items: list[tuple[int, Output]]) -> list[tuple[int, Output]]:
+    if len(items) == 1:
+        return items
     joined: dict[tuple[int, int], Output] = {}
     for prompt, output in items:
         key = (prompt, output.index)
@@ -109,12 +134,13 @@ def _joined(items: list[tuple[int, Output]]) -> list[tuple[int, Output]]:
 
 def join(first: Output, second: Output) -> Output:
     """Two outputs of one reply, one after the other, as one."""
-    logprobs = None if second.logprobs is None else [*(first.logprobs or []), *second.logprobs]
-    return replace(
-        second,
+    return Output(
+        request_id=second.request_id,
+        index=second.index,
         token_ids=first.token_ids + second.token_ids,
         text=first.text + second.text,
         num_draft_accepted=first.num_draft_accepted + second.num_draft_accepted,
-        logprobs=logprobs,
+        logprobs=None if second.logprobs is None else [*(first.logprobs or []), *second.logprobs],
+        finished=second.finished,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no UTF-8 (yet)
@@ -35,6 +35,9 @@ class ChatTokenizer:
         self.eos_token_ids: frozenset[int] = frozenset([*own, *eos_token_ids])
         self.vocab_size: int = len(hf)
         self._definition = definition
+        # Transformers' decode spends more on what its argument may be than on decoding; a class with its own keeps it.
+        has_own = any(getattr(type(hf), n) is not getattr(PreTrainedTokenizerFast, n) for n in ("decode", "_decode"))
+        self._backend = None if has_own else hf.backend_tokenizer
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ChatTokenizer:
@@ -87,10 +90,12 @@ class ChatTokenizer:
         return [*conversation_ids, *self._encode_rendered(end + after)[1:]]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        text: str = self.hf.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        if self._backend is not None:
+            text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            return text
+        return str(
+            self.hf.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         )
-        return text
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         """A fresh incremental decoder, for one sequence."""

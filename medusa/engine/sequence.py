@@ -176,12 +176,7 @@ class Sequence:
         `decoded` is False for the prefill's token, which no decode step counts.
         """
         is_first = not self.output_ids
-        kept: list[int] = []
-        for token_id in token_ids:
-            kept.append(token_id)
-            self.output_ids.append(token_id)
-            if self._ends_with(token_id):
-                break
+        kept = self._take_with_stops(token_ids) if self.params.stop else self._take(token_ids)
         self.logprobs.extend(logprobs[: len(kept)])
         if decoded:
             self.accepted_per_step.append(len(kept))
@@ -219,6 +214,38 @@ class Sequence:
 
     def _given_prompt_logprobs(self) -> list[TokenLogprob] | None:
         return list(self.prompt_logprobs) if self.params.prompt_logprobs is not None else None
+
+    def _take(self, token_ids: Tokens[int]) -> list[int]:
+        """Adds tokens up to the first that ends the reply, and their text at once: no part of it can end the reply."""
+        kept = self._until_end(token_ids)
+        self.output_ids += kept
+        is_text = self.finish_reason != "stop"
+        self._text += self._detokenizer.push(kept if is_text else kept[:-1])
+        if self.finish_reason is not None:
+            self._text += self._detokenizer.finish()
+        return kept
+
+    def _until_end(self, token_ids: Tokens[int]) -> list[int]:
+        """Tokens up to a stop id or the reply's length; `finish_reason` tells which was met."""
+        for count, token_id in enumerate(token_ids, start=1):
+            total = len(self.output_ids) + count
+            if token_id in self.stop_ids and total >= max(1, self.params.min_tokens):
+                self.finish_reason = "stop"
+            elif total >= self.max_new_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                return list(token_ids[:count])
+        return list(token_ids)
+
+    def _take_with_stops(self, token_ids: Tokens[int]) -> list[int]:
+        """The same token by token: each one's text may complete a stop string."""
+        kept: list[int] = []
+        for token_id in token_ids:
+            kept.append(token_id)
+            self.output_ids.append(token_id)
+            if self._ends_with(token_id):
+                break
+        return kept
 
     def _ends_with(self, token_id: int) -> bool:
         """Adds the last token's text and decides whether it ends the reply: stop id, stop string, then length."""

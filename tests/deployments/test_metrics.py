@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
-from deployments.metrics import Metrics, RayMirror
+from deployments.metrics import Metrics, RayMirror, StepTokens
 from medusa import SamplingParams
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deployments" / "dashboard.json"
@@ -163,8 +163,9 @@ def test_a_version_that_is_gone_reads_zero_in_ray():
 
 def test_the_dashboard_names_only_metrics_that_exist():
     metrics = Metrics("tiny")
-    for position in range(2):
-        metrics.drafted(position + 1)
+    tokens = StepTokens(tokens=3)
+    tokens.drafted(2)
+    metrics.generated(tokens)
     metrics.refused(429)
     metrics.swapped("taken")
     metrics.aborted(1)
