@@ -21,6 +21,7 @@ from functools import partial
 
 from deployments.admission import Admission, Bounds, Demand
 from deployments.handover import Handover, Pace
+from deployments.holding import Holding
 from deployments.metrics import Metrics, StepTokens, clock
 from deployments.recorder import RequestRecord, StepSpan
 from deployments.streams import FailedHeads, HeadsVersion, Stream
@@ -31,6 +32,7 @@ from medusa.engine.kv_cache import pages_for
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+_NOTHING = object()  # no command waits
 
 
 class EngineUnavailable(RuntimeError):
@@ -85,6 +87,8 @@ class AsyncEngine:
         self._step_started: float | None = None
         self._stats: EngineStats = engine.stats()
         self._step_seconds = 0.0
+        self._holding = Holding()
+        self._held_s = 0.0  # of the step that comes, by the holding
         self.metrics.serves(self._heads.version, self._heads.digest)
         self._thread = threading.Thread(target=self._run, name="medusa-engine", daemon=True)
         self._thread.start()
@@ -223,13 +227,29 @@ class AsyncEngine:
     def _obey_inbox(self) -> bool:
         """Runs the commands that wait, sleeping while there is nothing to decode; False asks to stop."""
         must_wait = not self._engine.has_unfinished() and not self._postponed
-        while must_wait or not self._inbox.empty():
-            command = self._inbox.get()
+        began = clock()
+        held_until = began + (self._holding.seconds if self._has_place else 0.0)
+        while (command := self._next_command(must_wait, held_until)) is not _NOTHING:
             if command is None:
                 return False
             command()
             must_wait = False
+        self._held_s = max(0.0, min(clock(), held_until) - began)
         return True
+
+    def _next_command(self, must_wait: bool, held_until: float) -> Callable[[], None] | object | None:
+        try:
+            if must_wait:
+                return self._inbox.get()
+            left = held_until - clock()
+            return self._inbox.get(timeout=left) if left > 0 else self._inbox.get_nowait()
+        except queue.Empty:
+            return _NOTHING
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether a request that comes now could run in the next step."""
+        return self._stats.running < self._engine.max_batch_size and not self._stats.waiting
 
     def _step(self) -> None:
         before, started = self._stats, clock()
@@ -240,6 +260,7 @@ class AsyncEngine:
         self._stats = step.after
         seconds = step.ended - step.started
         self._step_seconds += 0.1 * (seconds - self._step_seconds) if self._step_seconds else seconds
+        self._holding.stepped(seconds, self._held_s, step.after.waited_s - before.waited_s)
         self.metrics.stepped(step.before, step.after, seconds)
         self._publish(outputs, step)
 
@@ -299,7 +320,7 @@ class AsyncEngine:
             command()
 
     def _publish(self, outputs: Iterable[Output], step: StepSpan) -> None:
-        is_urgent, tokens = False, StepTokens()
+        tokens = StepTokens()
         for output in outputs:
             request = self._requests.get(output.request_id)
             if request is None:  # aborted since
@@ -308,14 +329,16 @@ class AsyncEngine:
             request.record.output(output, step, self.metrics, tokens)
             if begins and request.record.has_begun:
                 self._began(request.stream, request.record.prompt_tokens)
-            is_urgent |= begins or output.finished is not None
-            self._handover.hold(request.stream, (request.index, output))
+            is_urgent = begins or output.finished is not None
+            self._handover.hold(request.stream, (request.index, output), is_urgent=is_urgent)
             request.unfinished -= output.finished is not None
             if request.unfinished == 0:
                 del self._requests[output.request_id]
         self.metrics.generated(tokens)
-        if is_urgent or self._handover.is_due(step.after.running) or not self._engine.has_unfinished():
+        if self._handover.is_due(step.after.running) or not self._engine.has_unfinished():
             self._handover.flush()
+        else:
+            self._handover.flush_urgent()
 
     def _fail(self, reason: str) -> None:
         self._handover.flush()

@@ -14,7 +14,7 @@ from medusa import Output
 @dataclass(frozen=True, kw_only=True)
 class Pace:
     """While `from_running` replies or more are decoded, outputs are handed over at most every `seconds`: fewer, larger
-    chunks leave the interpreter to the engine. First and last tokens never wait."""
+    chunks leave the interpreter to the engine. First and last tokens never wait, nor does what their stream held."""
 
     seconds: float = 0.02
     from_running: int = 4
@@ -26,20 +26,29 @@ class Handover:
     def __init__(self, pace: Pace, on_gone: Callable[[Stream], None]) -> None:
         self._pace = pace
         self._on_gone = on_gone
-        self._held: list[tuple[Stream, Item]] = []
+        self._held: defaultdict[Stream, list[Item]] = defaultdict(list)
+        self._urgent: dict[Stream, None] = {}
         self._flushed = clock()
 
-    def hold(self, stream: Stream, item: tuple[int, Output]) -> None:
-        self._held.append((stream, item))
+    def hold(self, stream: Stream, item: tuple[int, Output], *, is_urgent: bool) -> None:
+        self._held[stream].append(item)
+        if is_urgent:
+            self._urgent[stream] = None
 
     def is_due(self, num_running: int) -> bool:
-        """Whether what is held should be handed over, with so many replies being decoded."""
+        """Whether all that is held should be handed over, with so many replies being decoded."""
         return num_running < self._pace.from_running or clock() - self._flushed >= self._pace.seconds
 
+    def flush_urgent(self) -> None:
+        """Of the streams with something urgent alone: the others' readers do not stand in its way."""
+        self.post((stream, item) for stream in self._urgent for item in self._held.pop(stream))
+        self._urgent.clear()
+
     def flush(self) -> None:
-        held, self._held = self._held, []
+        self.flush_urgent()
+        held, self._held = self._held, defaultdict(list)
         self._flushed = clock()
-        self.post(held)
+        self.post((stream, item) for stream, items in held.items() for item in items)
 
     def post(self, items: Iterable[tuple[Stream, Item]]) -> None:
         """At once."""

@@ -7,6 +7,7 @@ on the host drops what a later step gave it, in tokens, text, log-probabilities,
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -92,13 +93,19 @@ class StepLoop:
         outputs: list[Output] = []
         while self._in_flight and self._in_flight[0].number <= self._number - lag:
             step = self._in_flight.popleft()
-            for i, (sequence, tokens) in enumerate(zip(step.sequences, step.launched.collect(), strict=True)):
+            for i, (sequence, tokens) in enumerate(zip(step.sequences, self._await(step.launched), strict=True)):
                 if sequence.finish_reason is not None:
                     continue
                 sequence.prompt_logprobs.extend(tokens.prompt_logprobs)
                 if tokens.token_ids:
                     outputs.append(self._take(sequence, step.trees[i] if step.trees else None, tokens))
         return outputs
+
+    def _await(self, launched: Launched) -> list[StepTokens]:
+        started = time.perf_counter()
+        steps = launched.collect()
+        self._counters.count_wait(time.perf_counter() - started)
+        return steps
 
     def _take(self, sequence: Sequence, tree: TokenTree | None, tokens: StepTokens) -> Output:
         output = sequence.append(tokens.token_ids, tokens.logprobs, decoded=tree is not None)

@@ -17,7 +17,8 @@ class EngineStats:
     `tree_size` is the last step's largest tree. `prefill_tokens` were computed, `reused_tokens` found in the cache
     instead. `drafted_tokens` are the trees' nodes without their roots, `accepted_tokens` those of them that replies
     kept. `running_tokens` are cached positions, `waiting_tokens` those that the queue will need. Pages are used by
-    running sequences, or `pages_cached` for requests that begin with the same text, or free.
+    running sequences, or `pages_cached` for requests that begin with the same text, or free. `waited_s` is how long the
+    host waited for the device, which tells how far ahead of it launches are.
     """
 
     running: int
@@ -35,6 +36,7 @@ class EngineStats:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     preemptions: int = 0
+    waited_s: float = 0.0
 
 
 class Counters:
@@ -44,6 +46,7 @@ class Counters:
         self._steps = self._prefill_tokens = self._decode_tokens = 0
         self._drafted_tokens = self._accepted_tokens = 0
         self._tree_size = 1
+        self._waited_s = 0.0
 
     def count_prefill(self, num_tokens: int) -> None:
         self._prefill_tokens += num_tokens
@@ -57,6 +60,10 @@ class Counters:
         self._decode_tokens += len(output.token_ids)
         self._drafted_tokens += tree.num_nodes - 1
         self._accepted_tokens += output.num_draft_accepted
+
+    def count_wait(self, seconds: float) -> None:
+        """What a launch took to end, once it was asked for."""
+        self._waited_s += seconds
 
     def stats(self, scheduler: Scheduler, cache: KVCache) -> EngineStats:
         return EngineStats(
@@ -75,4 +82,5 @@ class Counters:
             drafted_tokens=self._drafted_tokens,
             accepted_tokens=self._accepted_tokens,
             preemptions=scheduler.num_preemptions,
+            waited_s=self._waited_s,
         )
