@@ -113,7 +113,8 @@ class TokenStream:
 
 
 def _is_text(tokenizer: ChatTokenizer, token: int) -> bool:
-    return token not in tokenizer.special_token_ids and tokenizer.decode([token]).isprintable()
+    text = tokenizer.decode([token])
+    return token not in tokenizer.special_token_ids and text.isprintable() and "\ufffd" not in text
 
 
 def _run_of_hits(drawn: random.Random, acceptance: float) -> int:

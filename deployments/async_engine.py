@@ -32,7 +32,6 @@ from medusa.engine.kv_cache import pages_for
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-_NOTHING = object()  # no command waits
 
 
 class EngineUnavailable(RuntimeError):
@@ -225,31 +224,31 @@ class AsyncEngine:
         self._engine.close()
 
     def _obey_inbox(self) -> bool:
-        """Runs the commands that wait, sleeping while there is nothing to decode; False asks to stop."""
-        must_wait = not self._engine.has_unfinished() and not self._postponed
+        """Runs the commands that wait. Sleeps for one while there is nothing to decode, and for more while the next
+        launch may be held for requests to join it. False asks to stop."""
+        is_idle = not self._engine.has_unfinished() and not self._postponed
         began = clock()
-        held_until = began + (self._holding.seconds if self._has_place else 0.0)
-        while (command := self._next_command(must_wait, held_until)) is not _NOTHING:
+        held_until = began if is_idle else began + self._holding.seconds
+        while True:
+            try:
+                command = self._inbox.get(timeout=None if is_idle else self._patience(held_until))
+            except queue.Empty:
+                break
             if command is None:
                 return False
             command()
-            must_wait = False
+            is_idle = False
         self._held_s = max(0.0, min(clock(), held_until) - began)
         return True
 
-    def _next_command(self, must_wait: bool, held_until: float) -> Callable[[], None] | object | None:
-        try:
-            if must_wait:
-                return self._inbox.get()
-            left = held_until - clock()
-            return self._inbox.get(timeout=left) if left > 0 else self._inbox.get_nowait()
-        except queue.Empty:
-            return _NOTHING
-
-    @property
-    def _has_place(self) -> bool:
-        """Whether a request that comes now could run in the next step."""
-        return self._stats.running < self._engine.max_batch_size and not self._stats.waiting
+    def _patience(self, held_until: float) -> float:
+        """How long to wait for a command: not at all where a request that comes could not run in the next step."""
+        left = held_until - clock()
+        if left <= 0:
+            return 0.0
+        stats = self._engine.stats()
+        has_place = 0 < stats.running + stats.waiting < self._engine.max_batch_size
+        return left if has_place else 0.0
 
     def _step(self) -> None:
         before, started = self._stats, clock()

@@ -41,14 +41,20 @@ class Handover:
 
     def flush_urgent(self) -> None:
         """Of the streams with something urgent alone: the others' readers do not stand in its way."""
-        self.post((stream, item) for stream in self._urgent for item in self._held.pop(stream))
-        self._urgent.clear()
+        self.post(self._take_urgent())
 
     def flush(self) -> None:
-        self.flush_urgent()
-        held, self._held = self._held, defaultdict(list)
+        """All that is held, the urgent first."""
+        items = self._take_urgent()
+        items += [(stream, item) for stream, held in self._held.items() for item in held]
+        self._held.clear()
         self._flushed = clock()
-        self.post((stream, item) for stream, items in held.items() for item in items)
+        self.post(items)
+
+    def _take_urgent(self) -> list[tuple[Stream, Item]]:
+        items = [(stream, item) for stream in self._urgent for item in self._held.pop(stream)]
+        self._urgent.clear()
+        return items
 
     def post(self, items: Iterable[tuple[Stream, Item]]) -> None:
         """At once."""

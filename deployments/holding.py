@@ -10,6 +10,7 @@ from collections import deque
 
 MIN_RESERVE_S = 0.003  # by which launches stay ahead of the device: threads may take so long to change places
 RESERVE = 0.25  # ... and by this share of a step
+LATE_S = 0.0003  # who waits less has found the device done, since when is not known
 REMEMBERED = 16  # steps; the one with the least room decides, as steps that take requests in need more of the host
 
 
@@ -25,6 +26,6 @@ class Holding:
 
     def stepped(self, step_s: float, held_s: float, waited_s: float) -> None:
         """After a step of `step_s`, launched `held_s` later than it could have been, that then waited `waited_s` for
-        the device: by both together its launch could have been later still."""
+        the device: by both together its launch could have been later still, unless it was late already."""
         reserve = max(MIN_RESERVE_S, RESERVE * (held_s + step_s))
-        self._rooms.append(held_s + waited_s - reserve)
+        self._rooms.append(held_s + waited_s - reserve if waited_s > LATE_S else 0.0)

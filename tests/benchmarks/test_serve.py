@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.serving import Comparison, Load, Side, compare, write_report
+from benchmarks.serving import Comparison, Load, Side, compare
+from benchmarks.serving_report import write_report
 from deployments.config import ServerConfig
 from deployments.local import free_port
 
