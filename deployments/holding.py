@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 
-MIN_RESERVE_S = 0.003  # by which launches stay ahead of the device: threads may take so long to change places
-RESERVE = 0.25  # ... and by this share of a step
+MIN_RESERVE_S = 0.002  # by which launches stay ahead of the device: threads may take so long to change places
+RESERVE = 0.2  # ... and by this share of a step
 LATE_S = 0.0003  # who waits less has found the device done, since when is not known
 REMEMBERED = 16  # steps; the one with the least room decides, as steps that take requests in need more of the host
 

@@ -19,7 +19,7 @@ from ray import serve
 
 from deployments import logs
 from deployments.config import ServerConfig
-from deployments.server import build_app, freeze_heap, load_engine, load_service
+from deployments.server import build_app, load_engine, load_service, settle_process
 from medusa import Engine
 from medusa.config import ConfigError
 
@@ -63,7 +63,7 @@ def serve_without_ray(config: ServerConfig, load: Callable[[ServerConfig], Engin
     """Serves from this process alone until SIGINT or SIGTERM."""
     logs.install(requests=config.log_requests)
     service = load_service(config, load=load)
-    freeze_heap()
+    settle_process()
     try:
         with _stop_signals():  # uvicorn raises the signal again once it has ended, for whoever handled it before
             uvicorn.run(

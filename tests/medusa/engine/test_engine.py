@@ -336,7 +336,7 @@ def test_stats_count_what_was_done(tiny_llama):
     assert vars(engine.stats()) == dict(
         running=0, waiting=0, steps=0, prefill_tokens=0, decode_tokens=0, pages_used=0,
         pages_total=4 * 9, tree_size=1, pages_cached=0, running_tokens=0, waiting_tokens=0, reused_tokens=0,
-        drafted_tokens=0, accepted_tokens=0, preemptions=0,
+        drafted_tokens=0, accepted_tokens=0, preemptions=0, waited_s=0.0,
     )  # fmt: skip
     engine.generate(random_prompts([5, 9]), greedy(max_tokens=7))
     stats = engine.stats()
