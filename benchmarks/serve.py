@@ -55,6 +55,8 @@ def serve(
     pacing = pacing_of(step_times) if paced else None
     if paced and (through == "ray" or heads or speculation != "off"):
         raise ConfigError("--paced has an engine of its own, through uvicorn; leave --through, --heads, --speculation")
+    if step_times is not None and not paced:
+        raise ConfigError("--step-times goes with --paced; without it the engine takes the time it takes")
     numbers = concurrency.replace(" ", "").split(",")
     if not all(number.isdigit() and int(number) for number in numbers):
         raise ConfigError(f"--concurrency is numbers from 1 on with commas between, got {concurrency!r}")

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
+import uvicorn
 
-from benchmarks.serving import Comparison, Load, Side, compare
+from benchmarks.paced import PLAIN_STEPS, Pacing
+from benchmarks.serve import serve
+from benchmarks.serving import (
+    Comparison,
+    Cpu,
+    Load,
+    Running,
+    Side,
+    compare,
+    load_paced,
+    measure_engine,
+    measure_service,
+)
 from benchmarks.serving_report import write_report
 from deployments.config import ServerConfig
-from deployments.local import free_port
+from deployments.local import free_port, wait_until_healthy
+from deployments.server import load_service
+from medusa.config import ConfigError
+from medusa.engine.step_times import StepTimes
+from medusa.tokenizer import ChatTokenizer
 
 
 def test_the_same_prompts_for_both_sides_and_none_shared():
@@ -28,17 +51,85 @@ def test_a_side_is_its_tokens_over_its_time():
     assert (row.share, row.added_first_token_s) == (0.75, pytest.approx(0.1))
 
 
+def test_a_row_tells_steps_and_processor_time(tmp_path):
+    side = Side.of(300, 2.0, [0.1], steps=100, cpu=Cpu(0.02, 0.01, 0.005))
+    assert (side.steps, side.step_s) == (100, 0.02)
+    config, load = ServerConfig(model="models/x"), Load((4,), route="chat")
+    rows = [Comparison(4, side, side)]
+    report = write_report(tmp_path, config, load, "uvicorn", rows, Pacing()).read_text()
+    assert "| 4 | 20.00 ms | 20.00 ms | 20.0 ms | 20.0 ms | 10.0 ms | 5.0 ms |" in report
+    assert "no speed of decoding" in report and "/v1/chat" in report
+    assert json.loads((tmp_path / "serve.json").read_text())["paced"]["step_times"][0]["seconds"] == PLAIN_STEPS[1]
+    assert (
+        "paced"
+        not in write_report(tmp_path, config, load, "ray", [Comparison(4, side, Side(1.0, 0.1, 0.1))]).read_text()
+    )
+
+
+def test_chat_asks_the_same_as_messages(tiny_llama):
+    tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
+    load = Load(requests=2, prompt_tokens=8)
+    plain, chat = load.questions(tokenizer), replace(load, route="chat").questions(tokenizer)
+    assert [question.prompt_ids for question in plain] == load.prompts(tokenizer.vocab_size)
+    for question in chat:
+        assert question.prompt_ids == tokenizer.encode_chat(question.body["messages"])
+    assert (load.path, replace(load, route="chat").path) == ("/v1/completions", "/v1/chat/completions")
+
+
+@pytest.mark.parametrize("route", ["completions", "chat"])
+def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
+    times = StepTimes({(1, 1, 128): 0.001})
+    load_it = partial(load_paced, pacing=Pacing(step_times=times))
+    config = ServerConfig(model=str(tiny_llama), max_batch_size=4, max_model_len=256, port=free_port())
+    load = Load((1, 3), requests=5, prompt_tokens=12, reply_tokens=10, route=route)
+    questions = load.questions(ChatTokenizer.from_pretrained(tiny_llama))
+    alone = measure_engine(config, load, questions, load_it)
+    service = load_service(config, load=load_it)
+    server = uvicorn.Server(uvicorn.Config(service.api, port=config.port, log_level="warning", lifespan="off"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until_healthy(f"http://127.0.0.1:{config.port}", is_alive=thread.is_alive)
+        running = Running(f"http://127.0.0.1:{config.port}", os.getpid())
+        served = [asyncio.run(measure_service(running, load, questions, c)) for c in load.concurrencies]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        service.close()
+    for side in (*alone, *served):
+        assert side.tokens_per_second > 0 and side.steps > 0
+        assert 0 < side.first_token_median_s <= side.first_token_p95_s
+        assert side.cpu.engine > 0
+    assert all(side.cpu.client > 0 for side in served)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"route": "embeddings"}, "--route is completions or chat, got embeddings"),
+        ({"paced": True, "through": "ray"}, "--paced has an engine of its own"),
+        ({"paced": True, "heads": "somewhere"}, "--paced has an engine of its own"),
+        ({"paced": True, "step_times": Path("none.json")}, "none.json holds no step times"),
+        ({"step_times": Path("none.json")}, "--step-times goes with --paced"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        serve(**options)
+
+
 @pytest.mark.slow
-def test_both_sides_are_measured_and_reported(tiny_llama, tmp_path):
+@pytest.mark.parametrize("pacing", [None, Pacing()], ids=["model", "paced"])
+def test_both_sides_are_measured_and_reported(tiny_llama, tmp_path, pacing):
     config = ServerConfig(model=str(tiny_llama), speculation="off", device="cpu", port=free_port())
     load = Load(concurrencies=(1, 3), requests=6, prompt_tokens=12, reply_tokens=10)
-    rows = compare(config, load)
+    rows = compare(config, load, pacing=pacing)
     assert [row.concurrency for row in rows] == [1, 3]
     for row in rows:
         for side in (row.engine, row.service):
             assert side.tokens_per_second > 0
             assert 0 < side.first_token_median_s <= side.first_token_p95_s
-    report = write_report(tmp_path / "out", config, load, "uvicorn", rows).read_text()
+    report = write_report(tmp_path / "out", config, load, "uvicorn", rows, pacing).read_text()
     figures = json.loads((tmp_path / "out" / "serve.json").read_text())
     assert [row["concurrency"] for row in figures["rows"]] == [1, 3]
     assert figures["rows"][0]["share"] == pytest.approx(rows[0].share)

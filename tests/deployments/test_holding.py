@@ -35,10 +35,10 @@ def test_the_step_with_the_least_room_decides_until_it_is_forgotten():
     holding = Holding()
     for i in range(4 * REMEMBERED):
         step(holding, host_s=0.006 if i % REMEMBERED == 3 else HOST)
-    assert holding.seconds == pytest.approx(STEP - 0.006 - MIN_RESERVE_S)
+    assert holding.seconds == pytest.approx(STEP - 0.006 - RESERVE * STEP)
     for _ in range(REMEMBERED):
         step(holding)
-    assert holding.seconds == pytest.approx(STEP - HOST - MIN_RESERVE_S)
+    assert holding.seconds == pytest.approx(STEP - HOST - RESERVE * STEP)
 
 
 def test_a_device_that_becomes_faster_idles_once():

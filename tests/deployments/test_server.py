@@ -435,3 +435,12 @@ def test_a_service_of_two_processes_is_sick_when_one_dies(tiny_llama):
         assert alone.get("/health").status_code == 200
     for service in services:
         service.close()
+
+
+def test_a_serving_process_collects_no_garbage_of_what_it_loaded():
+    script = (
+        "import gc, sys\nfrom deployments.server import SWITCH_INTERVAL_S, settle_process\n"
+        "settle_process()\nassert gc.get_freeze_count() > 10_000, gc.get_freeze_count()\n"
+        "assert abs(sys.getswitchinterval() - SWITCH_INTERVAL_S) < 1e-6\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

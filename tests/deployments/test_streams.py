@@ -12,7 +12,7 @@ import pytest
 from deployments.admission import Demand
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine, EngineUnavailable
-from deployments.handover import Pace
+from deployments.handover import Handover, Pace
 from deployments.streams import Stream, join
 from medusa import Output, SamplingParams, TokenLogprob
 
@@ -47,6 +47,60 @@ async def test_an_error_comes_after_what_came_before_it():
     assert (await anext(merged))[1].text == "a"
     with pytest.raises(EngineUnavailable):
         await anext(merged)
+
+
+async def test_time_that_is_up_is_told_after_what_came_before_it():
+    closed = []
+    stream = Stream(Demand(1), closed.append)
+    stream.deliver((0, output(0, [1], "a")))
+    stream.expire_at(asyncio.get_running_loop().time())
+    await asyncio.sleep(0.01)
+    merged = stream.merged()
+    assert (await anext(merged))[1].text == "a"
+    with pytest.raises(TimeoutError):
+        await anext(merged)
+    assert closed == [stream]
+
+
+async def test_a_stream_that_ended_expires_no_more():
+    stream = Stream(Demand(1), lambda _: None)
+    stream.expire_at(asyncio.get_running_loop().time() + 0.01)
+    stream.close()
+    await asyncio.sleep(0.03)
+    assert not stream._items
+
+
+async def test_what_comes_while_an_output_is_read_is_not_lost():
+    stream = Stream(Demand(1), lambda _: None)
+    texts = ["a", "b", "c"]
+    stream.deliver((0, output(0, [1], "a")))
+    merged, got = stream.merged(), []
+    for following in ("b", "c", None):
+        got.append((await anext(merged))[1].text)
+        if following:
+            stream.deliver((0, output(0, [1], following)))
+    assert got == texts
+
+
+async def test_a_first_token_takes_only_its_own_stream_along():
+    loop, posted = asyncio.get_running_loop(), []
+    streams = [Stream(Demand(1), lambda _: None) for _ in range(3)]
+    handover = Handover(Pace(seconds=60), lambda _: None)
+    post = loop.call_soon_threadsafe
+    loop.call_soon_threadsafe = lambda call, batch: posted.append([(s, item[1].text) for s, item in batch])
+    try:
+        for text in ("a", "b"):
+            for stream in streams:
+                handover.hold(stream, (0, output(0, [1], text)), is_urgent=stream is streams[1] and text == "b")
+        handover.flush_urgent()
+        assert posted == [[(streams[1], "a"), (streams[1], "b")]]
+        handover.hold(streams[2], (0, output(0, [2], "c")), is_urgent=True)
+        handover.flush()
+        first, second, third = streams
+        assert posted[1:] == [[(third, "a"), (third, "b"), (third, "c"), (first, "a"), (first, "b")]]
+    finally:
+        loop.call_soon_threadsafe = post
+    assert second not in handover._held
 
 
 async def hand_overs(scripted, num_replies, pace):

@@ -303,3 +303,14 @@ def test_the_digest_survives_saving_and_notices_what_matters(chat: ChatTokenizer
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no fast tokenizer.*tokenizer\.json"):
         ChatTokenizer(object())
+
+
+def test_a_tokenizer_class_that_decodes_by_itself_keeps_its_way(small: ChatTokenizer):
+    class Shouting(PreTrainedTokenizerFast):
+        def _decode(self, token_ids, **more):
+            return super()._decode(token_ids, **more).upper()
+
+    ids = small.encode("quick brown fox")
+    loud = ChatTokenizer(Shouting(tokenizer_object=small.hf.backend_tokenizer, eos_token="</s>"))
+    assert loud.decode(ids) == small.decode(ids).upper()
+    assert small.decode(ids) == small.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -228,3 +228,30 @@ def test_it_is_ending_when_what_is_launched_reaches_its_length(begin, ids):
     ended = begin(stop_token_ids=(9,))
     ended.append([9])
     assert ended.is_ending
+
+
+@pytest.mark.parametrize("min_tokens", [0, 9])
+def test_steps_of_any_width_give_what_single_tokens_give(begin, ids, min_tokens):
+    """Also where text is taken at once for a whole step, as it is without stop strings."""
+    script = [*ids("Zwei Wörter, "), *ids("€ 🙂 and so on"), 300, *ids(" and more")]
+    for stop in ((), ("never",)):
+        ends = []
+        for width in (1, 2, 3, len(script)):
+            sequence = begin(stop_token_ids=(300,), min_tokens=min_tokens, stop=stop)
+            outputs = []
+            for start in range(0, len(script), width):
+                if sequence.finish_reason is None:
+                    outputs.append(sequence.append(script[start : start + width]))
+            end = outputs[-1].finished
+            assert "".join(output.text for output in outputs) == end.text
+            ends.append((end.token_ids, end.text, end.finish_reason))
+        assert ends == [ends[0]] * 4
+        assert ends[0][0] == script[: script.index(300) + 1] and ends[0][2] == "stop"
+
+
+def test_the_length_ends_a_reply_inside_a_step(begin, ids):
+    script = ids("one two three four five")
+    sequence = begin(max_new_tokens=3)
+    output = sequence.append(script)
+    assert (output.token_ids, output.finished.finish_reason) == (script[:3], "length")
+    assert output.text == output.finished.text == sequence._detokenizer._decode(script[:3])
