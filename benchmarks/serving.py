@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,10 +135,12 @@ def compare(
     """Runs both sides. The engine's batch is as large as the largest concurrency."""
     config = replace(config, max_batch_size=max(config.max_batch_size, *load.concurrencies))
     load_it: LoadEngine = partial(load_paced, pacing=pacing) if pacing else load_engine
-    questions = load.questions(ChatTokenizer.from_pretrained(config.model))
+    tokenizer = ChatTokenizer.from_pretrained(config.model)
+    # Other prompts for each concurrency: the engine would find those of the one before in its cache.
+    questions = {c: replace(load, seed=load.seed + c).questions(tokenizer) for c in load.concurrencies}
     alone = _in_new_process(measure_engine, config, load, questions, load_it)
     with _running(config, through, load_it) as service:
-        served = [asyncio.run(measure_service(service, load, questions, c)) for c in load.concurrencies]
+        served = [asyncio.run(measure_service(service, load, asked, c)) for c, asked in questions.items()]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
 
 
@@ -149,16 +151,16 @@ def load_paced(config: ServerConfig, pacing: Pacing) -> Engine:
 
 
 def measure_engine(
-    config: ServerConfig, load: Load, questions: Sequence[Question], load_it: LoadEngine = load_engine
+    config: ServerConfig, load: Load, questions: Mapping[int, Sequence[Question]], load_it: LoadEngine = load_engine
 ) -> list[Side]:
-    """The engine alone, stepped as fast as it goes."""
+    """The engine alone, stepped as fast as it goes; `questions` by concurrency."""
     engine = load_it(config)
     params = SamplingParams(max_tokens=load.reply_tokens, temperature=0.0, ignore_eos=True)
-    prompts = [question.prompt_ids for question in questions]
     sides = []
-    for concurrency in load.concurrencies:
-        run_engine(engine, prompts[:WARM_UP], params, concurrency)
-        sides.append(run_engine(engine, prompts, params, concurrency))
+    for concurrency, asked in questions.items():
+        prompts = [question.prompt_ids for question in asked]
+        _run_engine(engine, prompts[:WARM_UP], params, concurrency)
+        sides.append(_run_engine(engine, prompts, params, concurrency))
     return sides
 
 

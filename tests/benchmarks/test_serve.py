@@ -82,7 +82,8 @@ def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     load_it = partial(load_paced, pacing=Pacing(step_times=times))
     config = ServerConfig(model=str(tiny_llama), max_batch_size=4, max_model_len=256, port=free_port())
     load = Load((1, 3), requests=5, prompt_tokens=12, reply_tokens=10, route=route)
-    questions = load.questions(ChatTokenizer.from_pretrained(tiny_llama))
+    tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
+    questions = {c: replace(load, seed=c).questions(tokenizer) for c in load.concurrencies}
     alone = measure_engine(config, load, questions, load_it)
     service = load_service(config, load=load_it)
     server = uvicorn.Server(uvicorn.Config(service.api, port=config.port, log_level="warning", lifespan="off"))
@@ -91,7 +92,7 @@ def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     try:
         wait_until_healthy(f"http://127.0.0.1:{config.port}", is_alive=thread.is_alive)
         running = Running(f"http://127.0.0.1:{config.port}", os.getpid())
-        served = [asyncio.run(measure_service(running, load, questions, c)) for c in load.concurrencies]
+        served = [asyncio.run(measure_service(running, load, asked, c)) for c, asked in questions.items()]
     finally:
         server.should_exit = True
         thread.join(20)
