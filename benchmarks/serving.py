@@ -138,7 +138,7 @@ def compare(
     tokenizer = ChatTokenizer.from_pretrained(config.model)
     # Other prompts for each concurrency: the engine would find those of the one before in its cache.
     questions = {c: replace(load, seed=load.seed + c).questions(tokenizer) for c in load.concurrencies}
-    alone = _in_new_process(measure_engine, config, load, questions, load_it)
+    alone = in_new_process(measure_engine, config, load, questions, load_it)
     with _running(config, through, load_it) as service:
         served = [asyncio.run(measure_service(service, load, asked, c)) for c, asked in questions.items()]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
@@ -159,8 +159,8 @@ def measure_engine(
     sides = []
     for concurrency, asked in questions.items():
         prompts = [question.prompt_ids for question in asked]
-        _run_engine(engine, prompts[:WARM_UP], params, concurrency)
-        sides.append(_run_engine(engine, prompts, params, concurrency))
+        run_engine(engine, prompts[:WARM_UP], params, concurrency)
+        sides.append(run_engine(engine, prompts, params, concurrency))
     return sides
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 from collections.abc import Sequence
@@ -11,8 +12,6 @@ from typing import Any
 
 import aiohttp
 import ray
-
-from benchmarks.serving import ask
 
 
 @dataclass(frozen=True)
@@ -102,3 +101,26 @@ def tokens_per_second(answered: Sequence[Answered]) -> float:
     """Over all clients, from the first request's start to the last reply's end."""
     seconds = max(a.ended for a in answered) - min(a.started for a in answered)
     return sum(a.tokens for a in answered) / seconds
+
+
+async def ask(session: aiohttp.ClientSession, prompt: list[int], reply_tokens: int) -> tuple[float, int]:
+    """Seconds to the first token, and tokens. Raises for a reply that is not whole."""
+    body = {
+        "prompt": prompt,
+        "max_tokens": reply_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started, first, last = time.perf_counter(), None, b""
+    async with session.post("/v1/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.content:
+            if line.startswith(b"data: {"):
+                first = first or time.perf_counter() - started
+                last = line
+    usage = json.loads(last[6:])["usage"]
+    if first is None or usage["completion_tokens"] != reply_tokens:
+        raise RuntimeError(f"a reply of {reply_tokens} tokens was asked for, its usage is {usage}")
+    return first, usage["completion_tokens"]
