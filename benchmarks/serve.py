@@ -29,6 +29,10 @@ def serve(
         Path | None, typer.Option(help="With --paced: a profile's JSON, in the form of StepTimes.to_dict.")
     ] = None,
     through: Annotated[str, typer.Option(help="uvicorn (one process) or ray (Ray Serve).")] = "uvicorn",
+    inflate: Annotated[
+        str | None,
+        typer.Option(help="Embed model and heads in a larger shape, in a folder of --out: vicuna-7b, ..."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the engine's.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of serve.json and serve.md.")] = Path("runs/bench/serve"),
@@ -38,14 +42,14 @@ def serve(
     Example: `medusa bench serve --model models/chat-8m --concurrency 1,8 --requests 16`. Without a GPU
     `medusa bench serve --paced` measures what the host costs beside one.
     """
-    from rich.console import Console
-    from rich.markdown import Markdown
+    import torch
 
+    from benchmarks.inflated import inflated_folder
     from benchmarks.paced import pacing_of
     from benchmarks.serving import Load, compare
     from benchmarks.serving_report import write_report
     from deployments.config import ServerConfig
-    from deployments.local import free_port
+    from deployments.one_process import free_port
     from medusa.config import ConfigError, validate
 
     if through not in ("uvicorn", "ray"):
@@ -61,15 +65,17 @@ def serve(
     if not all(number.isdigit() and int(number) for number in numbers):
         raise ConfigError(f"--concurrency is numbers from 1 on with commas between, got {concurrency!r}")
     load = Load(tuple(map(int, numbers)), requests, prompt_tokens, reply_tokens, route)
+    if inflate is not None:
+        dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
+        model, heads = inflated_folder(model, heads, inflate, dtype, out / "inflated")
     size = int(speculation) if speculation.isdigit() else speculation
     given = {"model": model, "heads": heads, "speculation": size, "device": device, "dtype": dtype}
     config = validate(ServerConfig, given | {"port": free_port()}, source="the command line")
-    console = Console()
-    console.print(f"measuring {config.served_name} alone, then through {through} ...", highlight=False)
+    typer.echo(f"measuring {config.served_name} alone, then through {through} ...")
     rows = compare(config, load, through=through, pacing=pacing)
     report = write_report(out, config, load, through, rows, pacing)
-    console.print(Markdown(report.read_text()))
-    console.print(f"figures: {out / 'serve.json'}", highlight=False)
+    typer.echo(report.read_text())
+    typer.echo(f"figures: {out / 'serve.json'}")
 
 
 if __name__ == "__main__":

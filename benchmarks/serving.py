@@ -27,7 +27,8 @@ import torch
 from benchmarks.paced import PacedEngine, Pacing
 from benchmarks.sse_client import Connection, Streamed
 from deployments.config import ServerConfig
-from deployments.server import load_engine
+from deployments.loading import load_engine
+from deployments.one_process import serve_without_ray, wait_until_healthy
 from medusa import Engine, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
@@ -242,17 +243,17 @@ async def _ask_all(connections: Sequence[Connection], load: Load, questions: Seq
 
 @contextmanager
 def _running(config: ServerConfig, through: Through, load_it: LoadEngine) -> Iterator[Running]:
-    from deployments import local
-
     if through == "ray":
-        with local.local_service(config) as url:
+        from deployments.local import local_service  # a machine without Ray can measure the other way
+
+        with local_service(config) as url:
             yield Running(url, None)
         return
-    serve = multiprocessing.get_context("spawn").Process(target=local.serve_without_ray, args=[config, load_it])
+    serve = multiprocessing.get_context("spawn").Process(target=serve_without_ray, args=[config, load_it])
     serve.start()
     try:
         url = f"http://{config.host}:{config.port}"
-        local.wait_until_healthy(url, 600.0, is_alive=serve.is_alive)
+        wait_until_healthy(url, 600.0, is_alive=serve.is_alive)
         yield Running(url, serve.pid)
     finally:
         serve.terminate()

@@ -53,7 +53,8 @@ def serve(
     Example: `medusa serve --model models:/medusa-chat-8m@champion --tracking-uri sqlite:///runs/demo/mlflow.db`
     """
     from deployments.config import ServerConfig
-    from deployments.local import serve_local, serve_without_ray
+    from deployments.local import serve_local
+    from deployments.one_process import serve_without_ray
 
     console = Console()
     if new_api_key:

@@ -1,26 +1,19 @@
-"""The service on this machine, for `medusa serve`, the demo and tests: on Ray Serve, or in one process without Ray."""
+"""The service on Ray Serve on this machine, for `medusa serve`, the demo and tests."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
-import uvicorn
 from ray import serve
 
-from deployments import logs
 from deployments.config import ServerConfig
-from deployments.server import build_app, load_engine, load_service, settle_process
-from medusa import Engine
+from deployments.one_process import stop_signals, wait_until_healthy
+from deployments.server import build_app
 from medusa.config import ConfigError
 
 APP_NAME = "medusa"
@@ -30,7 +23,7 @@ LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 def serve_local(config: ServerConfig, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
     """Serves until SIGINT or SIGTERM; `on_ready` gets the URL once /health answers. For the main thread."""
     with local_service(config) as url:
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             on_ready(url)
             stop.wait()
 
@@ -59,26 +52,6 @@ def local_service(config: ServerConfig) -> Iterator[str]:
                 serve.shutdown()
 
 
-def serve_without_ray(config: ServerConfig, load: Callable[[ServerConfig], Engine] = load_engine) -> None:
-    """Serves from this process alone until SIGINT or SIGTERM."""
-    logs.install(requests=config.log_requests)
-    service = load_service(config, load=load)
-    settle_process()
-    try:
-        with _stop_signals():  # uvicorn raises the signal again once it has ended, for whoever handled it before
-            uvicorn.run(
-                service.api,
-                host=config.host,
-                port=config.port,
-                access_log=False,
-                log_level="warning",
-                lifespan="off",
-                timeout_graceful_shutdown=int(config.graceful_shutdown_timeout_s),
-            )
-    finally:
-        service.close()
-
-
 @contextmanager
 def _ray() -> Iterator[None]:
     if ray.is_initialized():
@@ -94,25 +67,6 @@ def _ray() -> Iterator[None]:
         ray.shutdown()
 
 
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _check_port(host: str, port: int) -> None:
     """Ray Serve would go on trying; here the user learns it at once."""
     with socket.socket() as probe:
@@ -125,18 +79,3 @@ def _check_port(host: str, port: int) -> None:
 
 def _reachable(host: str) -> str:
     return "127.0.0.1" if host in ("0.0.0.0", "") else host
-
-
-def wait_until_healthy(url: str, timeout_s: float = 60.0, *, is_alive: Callable[[], bool] = lambda: True) -> None:
-    """Raises RuntimeError when /health does not answer 200 in time, or at once when what serves it is not alive."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        if not is_alive():
-            raise RuntimeError(f"what was to serve {url} has ended; its own output says why")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{url}/health did not answer 200 within {timeout_s:.0f} s: {error}") from error
-            time.sleep(0.1)

@@ -28,7 +28,8 @@ from ray import serve
 
 from benchmarks.scaling.config import ScaleConfig
 from benchmarks.scaling.points import Deadline, Point
-from deployments.local import LOGGING, free_port, wait_until_healthy
+from deployments.local import LOGGING
+from deployments.one_process import free_port, wait_until_healthy
 from pipelines.block_actor import BlockReport, block_task
 from pipelines.prompt_files import Prompt
 

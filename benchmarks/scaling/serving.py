@@ -20,7 +20,8 @@ from benchmarks.scaling.config import TARGETS, ScaleConfig
 from benchmarks.scaling.points import CutShort, Deadline, LeftOut, Point
 from benchmarks.serving import Load
 from deployments.config import ServerConfig
-from deployments.local import free_port, local_service
+from deployments.local import local_service
+from deployments.one_process import free_port
 from medusa.config import validate
 from medusa.tokenizer import ChatTokenizer
 

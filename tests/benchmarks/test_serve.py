@@ -28,8 +28,8 @@ from benchmarks.serving import (
 )
 from benchmarks.serving_report import write_report
 from deployments.config import ServerConfig
-from deployments.local import free_port, wait_until_healthy
-from deployments.server import load_service
+from deployments.loading import load_service
+from deployments.one_process import free_port, wait_until_healthy
 from medusa.config import ConfigError
 from medusa.engine.step_times import StepTimes
 from medusa.tokenizer import ChatTokenizer

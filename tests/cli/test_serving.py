@@ -28,7 +28,7 @@ def test_a_new_key_comes_with_its_hash(monkeypatch, capsys):
 
 def test_options_reach_the_service(monkeypatch, tmp_path):
     served = []
-    monkeypatch.setattr("deployments.local.serve_without_ray", served.append)
+    monkeypatch.setattr("deployments.one_process.serve_without_ray", served.append)
     keys = tmp_path / "keys"
     keys.write_text(hash_of("k"))
     options = ["--without-ray", "--port", "8123", "--max-queued", "7", "--speculation", "off", "--log-requests"]

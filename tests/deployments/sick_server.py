@@ -9,7 +9,7 @@ from typing import Any
 
 from ray import serve
 
-from deployments import server
+from deployments import loading, server
 from medusa import Engine
 
 TRIGGER = "make sick"
@@ -30,7 +30,7 @@ class BreakableEngine(Engine):
 
 class MedusaServer(server.MedusaServer.func_or_class.__mro__[1]):
     async def reconfigure(self, user_config: Any) -> None:
-        server.Engine = BreakableEngine
+        loading.Engine = BreakableEngine
         await super().reconfigure(user_config)
 
 

@@ -28,7 +28,8 @@ from deployments import local
 from deployments.async_engine import EngineUnavailable
 from deployments.autoscaling import LoadPolicy
 from deployments.config import ServerConfig
-from deployments.server import MedusaServer, build_app, load_service
+from deployments.loading import load_service
+from deployments.server import MedusaServer, build_app
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, load_config, to_dict, validate
@@ -214,7 +215,7 @@ def test_without_ray_a_signal_ends_the_process_cleanly(tiny_llama):
     port = free_port()
     code = (
         "from deployments.config import ServerConfig\n"
-        "from deployments.local import serve_without_ray\n"
+        "from deployments.one_process import serve_without_ray\n"
         f"serve_without_ray(ServerConfig(model={str(tiny_llama)!r}, port={port}))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
@@ -439,7 +440,7 @@ def test_a_service_of_two_processes_is_sick_when_one_dies(tiny_llama):
 
 def test_a_serving_process_collects_no_garbage_of_what_it_loaded():
     script = (
-        "import gc, sys\nfrom deployments.server import SWITCH_INTERVAL_S, settle_process\n"
+        "import gc, sys\nfrom deployments.loading import SWITCH_INTERVAL_S, settle_process\n"
         "settle_process()\nassert gc.get_freeze_count() > 10_000, gc.get_freeze_count()\n"
         "assert abs(sys.getswitchinterval() - SWITCH_INTERVAL_S) < 1e-6\n"
     )

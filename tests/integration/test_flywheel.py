@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from deployments.config import ServerConfig
+from deployments.loading import load_service
 from deployments.sampling_log import SamplingConfig
-from deployments.server import load_service
 from medusa.config import validate
 from pipelines.artifact import StepOutput
 from pipelines.evaluate import load_evaluation

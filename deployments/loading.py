@@ -1,0 +1,99 @@
+"""What a process that serves loads and starts, whoever runs it: a replica of Ray Serve, or uvicorn alone."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from deployments.api import build_api
+from deployments.async_engine import AsyncEngine
+from deployments.config import ServerConfig
+from deployments.handover import Pace
+from deployments.heads_slot import HeadsSlot, verified
+from deployments.metrics import Metrics
+from deployments.sampling_log import SampleRequests, SamplingLog
+from medusa import Engine
+from medusa.checkpoint import CheckpointMismatchError
+
+SWITCH_INTERVAL_S = 0.001  # Python's own is five times that
+
+
+@dataclass(frozen=True)
+class LoadedService:
+    """A running engine, the API over it, the slot that takes new heads, and what keeps prompts, where asked for."""
+
+    engine: AsyncEngine
+    api: FastAPI
+    heads: HeadsSlot
+    samples: SamplingLog | None = None
+
+    def close(self) -> None:
+        self.engine.close()
+        if self.samples is not None:
+            self.samples.close()
+
+
+def load_engine(config: ServerConfig) -> Engine:
+    return Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+
+
+def load_service(
+    config: ServerConfig,
+    *,
+    replica: str = "local",
+    send_request_id: bool = True,
+    load: Callable[[ServerConfig], Engine] = load_engine,
+) -> LoadedService:
+    """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
+    heads = verified(config.heads_config)
+    engine = load(config)
+    if config.backbone_digest not in (None, engine.backbone.digest):
+        raise CheckpointMismatchError(
+            f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "
+            "be served; fetch the model again"
+        )
+    running = AsyncEngine(
+        engine,
+        max_queued=config.max_queued_requests,
+        max_queued_tokens=config.max_queued_tokens,
+        stall_timeout_s=config.stall_timeout_s,
+        metrics=Metrics(config.served_name, replica=replica),
+        heads=heads,
+        pace=Pace(seconds=config.merge_chunks_s),
+    )
+    api = build_api(
+        running,
+        engine.tokenizer,
+        config.served_name,
+        served={
+            "backbone": engine.backbone.name,
+            "backbone_digest": engine.backbone.digest,
+            "quantization": config.quantization,
+        },
+        request_timeout_s=config.request_timeout_s,
+        max_body_bytes=config.max_body_bytes,
+        body_timeout_s=config.body_timeout_s,
+        tool_notation=config.tool_notation,
+        api_key_hashes=config.all_key_hashes(),
+        send_request_id=send_request_id,
+    )
+    samples = SamplingLog(config.sampling, replica) if config.sampling else None
+    if samples is not None:
+        api.add_middleware(SampleRequests, log=samples)
+    return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples)
+
+
+def settle_process() -> None:
+    """For a process that serves and does nothing else, once it has loaded.
+
+    A full garbage collection would walk every object of torch and transformers, hold the interpreter for a third of a
+    second meanwhile, and find nothing. And the engine's thread, which gives the interpreter up in every wait and many
+    a torch call, is to have it back before the event loop has served all streams of a step.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
