@@ -52,6 +52,7 @@ def load_service(
     heads = verified(config.heads_config)
     engine = load(config)
     if config.backbone_digest not in (None, engine.backbone.digest):
+        engine.close()
         raise CheckpointMismatchError(
             f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "
             "be served; fetch the model again"

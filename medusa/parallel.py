@@ -9,11 +9,13 @@ Embeddings, norms and the LM head are whole in every process, so that hidden sta
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import distributed, nn
@@ -24,6 +26,16 @@ from transformers.distributed import DistributedConfig
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _LAYERS = "layers."  # of a plan's names, those that are followed
+_HOST = "127.0.0.1"
+# All processes of a group are on one machine, and nobody else is to reach them. NVLink multicast fails to start on
+# machines whose fabric manager does not allow it. An aborted sum is told by the engine; torch would end the process.
+_SETTINGS = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+_leaving = Lock()
 
 
 class ShardingError(ValueError):
@@ -57,6 +69,23 @@ def device_of(device_type: str, index: int) -> torch.device:
     return torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
 
 
+def local_store(size: int, timeout: timedelta) -> distributed.TCPStore:
+    """Where a group of this machine's processes meets: a port of its own, which other machines do not reach."""
+    listener = socket.socket()
+    listener.bind((_HOST, 0))
+    listener.listen()
+    port = listener.getsockname()[1]
+    return distributed.TCPStore(
+        _HOST,
+        port,
+        size,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
+
+
 def join(
     store: distributed.TCPStore,
     index: int,
@@ -66,25 +95,40 @@ def join(
     timeout: timedelta,
     meet: Callable[[], None],
 ) -> Rank:
-    """Becomes one of `size` processes. `timeout` bounds each sum. torch has one default group a process: this is it."""
+    """Becomes one of `size` processes. `timeout` bounds each sum that is not part of a CUDA graph. torch has one
+    default group a process: this is it."""
     device = device_of(device_type, index) if device_type == "cuda" else None
     if device is not None:
         torch.cuda.set_device(device)
-        os.environ["NCCL_NVLS_ENABLE"] = "0"  # NVLink multicast; NCCL reads it when the first sum is made
-    distributed.init_process_group(
-        BACKENDS[device_type], store=store, rank=index, world_size=size, timeout=timeout, device_id=device
-    )
-    return Rank(index, init_device_mesh(device_type, (size,), mesh_dim_names=("tp",)), meet)
+    with _settings():
+        distributed.init_process_group(
+            BACKENDS[device_type], store=store, rank=index, world_size=size, timeout=timeout, device_id=device
+        )
+        mesh = init_device_mesh(device_type, (size,), mesh_dim_names=("tp",))
+    return Rank(index, mesh, meet)
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Those that the user has not chosen, while the group is made; other groups of the process are none of ours."""
+    ours = [name for name in _SETTINGS if name not in os.environ]
+    os.environ.update({name: _SETTINGS[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 def leave() -> None:
-    """Ends this process's membership, whether the others are there or not."""
-    if not distributed.is_initialized():
-        return
-    if distributed.get_backend() == "nccl":
-        distributed.distributed_c10d._abort_process_group()  # a sum that nobody answers would be waited for
-    else:
-        distributed.destroy_process_group()
+    """Ends this process's membership, whether the others are there or not. Graphs with sums must be gone before."""
+    with _leaving:  # who watches the followers may be at it
+        if not distributed.is_initialized():
+            return
+        if distributed.get_backend() == "nccl":
+            distributed.distributed_c10d._abort_process_group()  # a sum that nobody answers would be waited for
+        else:
+            distributed.destroy_process_group()
 
 
 def plan_of(config: PretrainedConfig, size: int) -> dict[str, str]:

@@ -174,6 +174,8 @@ class Engine:
     def close(self) -> None:
         """Ends the other processes of a tensor-parallel engine, which decodes no more; does nothing to another one."""
         if isinstance(self.backbone, ShardedBackbone):
+            if isinstance(self._runner, WatchedRunner):
+                self._runner.release()
             self.backbone.close()
 
     def generate(

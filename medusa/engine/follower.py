@@ -36,7 +36,7 @@ from medusa.engine.messages import (
     on,
 )
 from medusa.model import Backbone
-from medusa.parallel import join
+from medusa.parallel import device_of, join
 
 
 class Follower:
@@ -54,6 +54,7 @@ class Follower:
 
     def _loaded(self, order: Load) -> Backbone:
         torch.set_num_threads(order.num_threads)
+        torch.zeros(1, device=device_of(order.device_type, order.index))  # a GPU that cannot be had is said here
         self._connection.send(Done())  # it is here: only now may others wait for it in the group
         store = distributed.TCPStore("127.0.0.1", order.port, order.size, timeout=timedelta(seconds=STEP_TIMEOUT_S))
         rank = join(

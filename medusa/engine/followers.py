@@ -1,8 +1,9 @@
 """The other processes of a tensor-parallel engine, as its first one sees them: started, told, watched, ended.
 
-A follower is told each pass through a pipe and meets the first process in the pass's sums. Nothing waits for ever:
-a follower that dies closes its connections, at which a sum fails at once; one that stands still makes the sum, or the
-message to it, run out of time; and one whose first process is gone reads the end of its pipe and exits.
+A follower is told each pass through a pipe and meets the first process in the pass's sums. One that dies closes its
+connections, at which a sum fails at once; one that stands still makes the sum, or the message to it, run out of time;
+and one whose first process is gone reads the end of its pipe and exits. Sums inside a CUDA graph have no time to run
+out of: there only a dead follower is noticed, and one that stands still by whoever bounds a step (the service does).
 """
 
 from __future__ import annotations

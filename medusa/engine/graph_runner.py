@@ -121,6 +121,10 @@ class GraphRunner:
         state.remaining_R[rows] = 1 << 30
         state.num_guessed_R[rows] = state.guesses_RKS.shape[1] if self._step.heads else 0
 
+    def release(self) -> None:
+        """Lets go of the graphs; it takes no more steps."""
+        self._graphs.clear()
+
     def _decode_in_halves(
         self, shape: Shape, sequences: Items[Sequence], trees: Items[TokenTree], counts: list[int]
     ) -> Launched:

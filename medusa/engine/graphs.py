@@ -23,6 +23,12 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._captured)
 
+    def clear(self) -> None:
+        """Lets go of all graphs. NCCL ends a communicator only when no graph holds a sum of it."""
+        for graph, _ in self._captured.values():
+            graph.reset()
+        self._captured.clear()
+
     def has(self, key: Hashable) -> bool:
         """Whether `run` will find the graph; always so where functions are simply run."""
         return not self._on_gpu or key in self._captured

@@ -93,7 +93,7 @@ class StepLoop:
         outputs: list[Output] = []
         while self._in_flight and self._in_flight[0].number <= self._number - lag:
             step = self._in_flight.popleft()
-            for i, (sequence, tokens) in enumerate(zip(step.sequences, self._await(step.launched), strict=True)):
+            for i, (sequence, tokens) in enumerate(zip(step.sequences, self._await(step), strict=True)):
                 if sequence.finish_reason is not None:
                     continue
                 sequence.prompt_logprobs.extend(tokens.prompt_logprobs)
@@ -101,11 +101,12 @@ class StepLoop:
                     outputs.append(self._take(sequence, step.trees[i] if step.trees else None, tokens))
         return outputs
 
-    def _await(self, launched: Launched) -> list[StepTokens]:
+    def _await(self, step: _InFlight) -> list[StepTokens]:
         started = time.perf_counter()
-        steps = launched.collect()
-        self._counters.count_wait(time.perf_counter() - started)
-        return steps
+        tokens = step.launched.collect()
+        if step.number < self._number:  # this step's own could not be launched later: it tells of no room
+            self._counters.count_wait(time.perf_counter() - started)
+        return tokens
 
     def _take(self, sequence: Sequence, tree: TokenTree | None, tokens: StepTokens) -> Output:
         output = sequence.append(tokens.token_ids, tokens.logprobs, decoded=tree is not None)

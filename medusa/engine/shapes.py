@@ -80,10 +80,12 @@ class StepShapes:
         batch, largest = self.buckets.batch(len(counts)), max(counts)
         if largest == 1:
             return Shape(batch, batch, 1, guesses)
-        nodes = self._rounded(max(sum(counts), batch + 1))
-        fitting = self.buckets.largest_tree(batch, nodes) or 0
         room = SMALL_TREE if largest <= SMALL_TREE else rounded_up(largest, TREE_ROOM)
-        return Shape(batch, nodes, max(room, fitting), guesses)
+        # A step with a large tree is measured where it has more nodes than small ones would fill; it may have fewer
+        # since some of its sequences have ended.
+        least = batch + 1 if room == SMALL_TREE else batch * SMALL_TREE + 1
+        nodes = self._rounded(max(sum(counts), least))
+        return Shape(batch, nodes, max(room, self.buckets.largest_tree(batch, nodes) or 0), guesses)
 
     def _rounded(self, nodes: int) -> int:
         return self._nodes[bisect_left(self._nodes, nodes)]

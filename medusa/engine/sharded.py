@@ -31,7 +31,7 @@ from medusa.engine.messages import (
 )
 from medusa.kernels.tree_attention import PagedTree
 from medusa.model import Backbone, TreeAttention, check_supported, default_device, model_directory
-from medusa.parallel import BACKENDS, ShardingError, join, leave, plan_of
+from medusa.parallel import BACKENDS, ShardingError, join, leave, local_store, plan_of
 from medusa.quantization import Quantization, QuantizationError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class ShardedBackbone(Backbone):
 
     followers: Followers | None = None
     pages: torch.Tensor | None = None
+    is_closed = False
 
     def trainable_hidden_states(
         self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
@@ -72,7 +73,10 @@ class ShardedBackbone(Backbone):
             return super().tree_hidden_states(input_ids_BN, position_ids_BN, tree)
 
     def close(self) -> None:
-        """Ends the followers and the group."""
+        """Ends the followers and the group, once: a group that is there later is another's."""
+        if self.is_closed:
+            return
+        self.is_closed = True
         if self.followers is not None:
             self.followers.close()
         leave()
@@ -187,7 +191,7 @@ def _loaded_together(
     followers: Followers, name: str | Path, directory: Path, size: int, device_type: str, dtype: torch.dtype | None
 ) -> ShardedBackbone:
     timeout = timedelta(seconds=STEP_TIMEOUT_S)
-    store = distributed.TCPStore("127.0.0.1", 0, size, is_master=True, wait_for_workers=False, timeout=timeout)
+    store = local_store(size, timeout)
     followers.send_each(
         [
             Load(

@@ -18,7 +18,7 @@ class EngineStats:
     instead. `drafted_tokens` are the trees' nodes without their roots, `accepted_tokens` those of them that replies
     kept. `running_tokens` are cached positions, `waiting_tokens` those that the queue will need. Pages are used by
     running sequences, or `pages_cached` for requests that begin with the same text, or free. `waited_s` is how long the
-    host waited for the device, which tells how far ahead of it launches are.
+    host waited for launches of earlier steps, which tells how far ahead of the device it is.
     """
 
     running: int
@@ -62,7 +62,7 @@ class Counters:
         self._accepted_tokens += output.num_draft_accepted
 
     def count_wait(self, seconds: float) -> None:
-        """What a launch took to end, once it was asked for."""
+        """What a launch of an earlier step took to end, once it was asked for."""
         self._waited_s += seconds
 
     def stats(self, scheduler: Scheduler, cache: KVCache) -> EngineStats:

@@ -102,7 +102,8 @@ class Receiver:
                 ((batch,), torch.int32),
                 ((batch,), torch.int32),
                 ((sizes.rows, sizes.pages), torch.int32),
-            ]
+            ],
+            stays=not shape.is_chain,
         )
         bits_RNW, depth_RN = bits or (None, None)
         drafts = Drafts(token_M, position_M, row_M, node_M, torch.ones_like(row_M), start_B)
@@ -124,14 +125,17 @@ class Receiver:
         emitted = Emitted(torch.zeros_like(path_BD, dtype=torch.int64), path_BD, num_B, nothing, nothing)
         return rows_B, length_R, tables_RP, emitted
 
-    def _received(self, specs: list[Spec]) -> list[torch.Tensor]:
+    def _received(self, specs: list[Spec], *, stays: bool = True) -> list[torch.Tensor]:
+        """Into buffers that a graph will find again; prompts' passes are in none, and of too many sizes to keep."""
         key = tuple(specs)
         ends = [0]
         for shape, dtype in specs:
             ends.append(ends[-1] + prod(shape) * dtype.itemsize)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(ends[-1], dtype=torch.uint8, device=self._device)
-        packed = self._buffers[key]
+        packed = self._buffers.get(key)
+        if packed is None:
+            packed = torch.empty(ends[-1], dtype=torch.uint8, device=self._device)
+            if stays:
+                self._buffers[key] = packed
         distributed.broadcast(packed, 0, group=self._group)
         parts = zip(ends, ends[1:], specs, strict=False)
         return [packed[start:end].view(dtype).view(shape) for start, end, (shape, dtype) in parts]

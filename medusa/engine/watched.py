@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from medusa.engine.followers import Followers
 from medusa.engine.sequence import Sequence
 from medusa.engine.shapes import Buckets
-from medusa.engine.step import Launched, PrefillChunk, StepRunner, StepTokens
+from medusa.engine.step import Launched, PrefillChunk, StepTokens
 from medusa.heads import DraftHeads
 from medusa.tree import Path, TokenTree
+
+if TYPE_CHECKING:
+    from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,9 @@ class WatchedLaunch:
 class WatchedRunner:
     """`runner`, which tells the followers by itself, with its errors told as theirs."""
 
-    def __init__(self, runner: StepRunner, followers: Followers) -> None:
+    def __init__(self, runner: GraphRunner, followers: Followers) -> None:
         self._runner, self._followers = runner, followers
+        self.release = runner.release
 
     @property
     def lag(self) -> int:

@@ -21,7 +21,7 @@ def measured_at_the_start(shapes: StepShapes, buckets: Buckets):
             yield shapes.of(counts, max(counts) > 1)
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 5, 64, 128])
+@pytest.mark.parametrize("max_batch_size", [1, 5, 12, 64, 128])
 def test_every_step_that_the_policy_chooses_was_measured_at_the_start(max_batch_size):
     """Also when some of its sequences end meanwhile and take no part."""
     shapes = StepShapes(max_batch_size, GROWN.max_nodes)
@@ -34,7 +34,7 @@ def test_every_step_that_the_policy_chooses_was_measured_at_the_start(max_batch_
         factors = [factor * rng.choice([0.1, 1.0, 3.0]) for factor in random_factors(rng, batch)]
         times = random_profile(rng, shapes.buckets.nodes, shapes.buckets.batches)
         nodes = Policy(GROWN, times, shapes.buckets).choose(factors, 1000).nodes
-        for left in (nodes, rng.sample(nodes, rng.randint(1, batch))):
+        for left in (nodes, *(rng.sample(nodes, rng.randint(1, batch)) for _ in range(5))):
             shape = shapes.of(left, max(left) > 1)
             chosen.add(shape)
             assert sum(left) <= shape.nodes
