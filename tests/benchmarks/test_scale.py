@@ -318,6 +318,7 @@ def test_one_and_two_actors_distil(ray_cluster, tiny):
         assert found.told["rows/s"][0] <= found.values[0]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_sharded_workers_are_timed_window_by_window(ray_cluster, tiny):
     job = training._job(replace(tiny, repeats=2), "fsdp", 2, joint=False, seconds=240.0)

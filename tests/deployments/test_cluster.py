@@ -11,7 +11,6 @@ import time
 from collections import Counter
 
 import httpx
-import psutil
 import pytest
 from ray import serve
 from ray.serve.context import _get_global_client
@@ -19,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from medusa import Engine, SamplingParams
 from medusa.digests import directory_digest
+from tests.deployments.replicas import replica_pids
 
 pytestmark = pytest.mark.ray
 
@@ -70,15 +70,7 @@ class Service:
         return httpx.post(f"{self.url}/v1/completions", json=body, timeout=60)
 
     def replicas(self):
-        children = psutil.Process().children(recursive=True)
-        return sorted(child.pid for child in children if "ServeReplica:medusa" in " ".join(command_of(child)))
-
-
-def command_of(process):
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
+        return replica_pids()
 
 
 @pytest.fixture(scope="module")

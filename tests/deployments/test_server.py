@@ -17,7 +17,6 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 import ray
 import yaml
@@ -34,6 +33,7 @@ from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError
 from medusa.config import ConfigError, load_config, to_dict, validate
 from medusa.digests import directory_digest
+from tests.deployments.replicas import replica_pids
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -404,18 +404,12 @@ def test_a_killed_replica_breaks_its_streams_and_is_replaced(url):
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
             for line in response.iter_lines():
                 if not lines:
-                    os.kill(replica_pid(), signal.SIGKILL)
+                    (pid,) = replica_pids()
+                    os.kill(pid, signal.SIGKILL)
                 lines.append(line)
             raise httpx.ReadError("the proxy ended the stream without an error")
     assert "data: [DONE]" not in lines
     wait_until(lambda: answers(url), 90)
-
-
-def replica_pid():
-    """Of this session's own cluster: its processes are this process's children."""
-    children = psutil.Process().children(recursive=True)
-    (pid,) = [child.pid for child in children if "ServeReplica:medusa" in " ".join(child.cmdline())]
-    return pid
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_runner_and_graph_runner_agree(make_backbone_dir, family, kind):
     folder = make_backbone_dir(family, tie_word_embeddings=False)
     _, expected = replies(Engine, folder, kind, None)
     engine, found = replies(GraphEngine, folder, kind, TREES[4])
-    assert isinstance(engine._runner._step.decoder, FusedDecoder) == (family != "phi3")
+    assert isinstance(engine._runner._step._layers.decoder, FusedDecoder) == (family != "phi3")
     assert found == expected
 
 
