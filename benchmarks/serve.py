@@ -42,12 +42,14 @@ def serve(
     Example: `medusa bench serve --model models/chat-8m --concurrency 1,8 --requests 16`. Without a GPU
     `medusa bench serve --paced` measures what the host costs beside one.
     """
+    from functools import partial
+
     import torch
 
     from benchmarks.inflated import inflated_folder
     from benchmarks.paced import pacing_of
     from benchmarks.serving import Load, compare
-    from benchmarks.serving_report import write_report
+    from benchmarks.serving_report import write_engine_alone, write_report
     from deployments.config import ServerConfig
     from deployments.one_process import free_port
     from medusa.config import ConfigError, validate
@@ -72,7 +74,8 @@ def serve(
     given = {"model": model, "heads": heads, "speculation": size, "device": device, "dtype": dtype}
     config = validate(ServerConfig, given | {"port": free_port()}, source="the command line")
     typer.echo(f"measuring {config.served_name} alone, then through {through} ...")
-    rows = compare(config, load, through=through, pacing=pacing)
+    keep_engine = partial(write_engine_alone, out, config, load, through, pacing)
+    rows = compare(config, load, through=through, pacing=pacing, keep_engine=keep_engine)
     report = write_report(out, config, load, through, rows, pacing)
     typer.echo(report.read_text())
     typer.echo(f"figures: {out / 'serve.json'}")

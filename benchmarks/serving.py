@@ -35,7 +35,7 @@ from medusa.tokenizer import ChatTokenizer
 Through = Literal["uvicorn", "ray"]
 Route = Literal["completions", "chat"]
 LoadEngine = Callable[[ServerConfig], Engine]
-WARM_UP = 2  # requests that are not counted, a side and concurrency
+FEWEST_WARM_UP = 2  # requests that are not counted, a side and concurrency
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,19 @@ class Question:
     """One request, as the engine and as REST are asked it."""
 
     prompt_ids: list[int]
+    reply_tokens: int
     body: dict[str, Any]
+
+    def cut(self, reply_tokens: int) -> Question:
+        return replace(self, reply_tokens=reply_tokens, body=self.body | {"max_tokens": reply_tokens})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What both sides are asked at one concurrency: `warm_up` first, then `counted`, which has other prompts."""
+
+    warm_up: list[Question]
+    counted: list[Question]
 
 
 @dataclass(frozen=True)
@@ -78,11 +90,23 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        prompts = self.prompts(tokenizer.vocab_size)
+        prompts, length = self.prompts(tokenizer.vocab_size), self.reply_tokens
         if self.route == "completions":
-            return [Question(ids, {"prompt": ids} | options) for ids in prompts]
+            return [Question(ids, length, {"prompt": ids} | options) for ids in prompts]
         chats = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in prompts]
-        return [Question(tokenizer.encode_chat(chat), {"messages": chat} | options) for chat in chats]
+        return [
+            Question(tokenizer.encode_chat(chat), self.reply_tokens, {"messages": chat} | options) for chat in chats
+        ]
+
+    def asked(self, tokenizer: ChatTokenizer, concurrency: int) -> Asked:
+        """Other prompts for each concurrency: the engine would find those of the one before in its cache. The warm-up
+        fills the batch, and its replies end one after the other, so that the step of every batch size is known."""
+        count = max(FEWEST_WARM_UP, concurrency)
+        load = replace(self, requests=count + self.requests, seed=self.seed + concurrency)
+        questions = load.questions(tokenizer)
+        lengths = [max(1, self.reply_tokens * (count + i) // (2 * count)) for i in range(1, count + 1)]
+        warm_up = [question.cut(length) for question, length in zip(questions, lengths, strict=False)]
+        return Asked(warm_up, questions[count:])
 
 
 @dataclass(frozen=True)
@@ -131,17 +155,23 @@ class Comparison:
 
 
 def compare(
-    config: ServerConfig, load: Load, *, through: Through = "uvicorn", pacing: Pacing | None = None
+    config: ServerConfig,
+    load: Load,
+    *,
+    through: Through = "uvicorn",
+    pacing: Pacing | None = None,
+    keep_engine: Callable[[Sequence[Side]], object] = lambda sides: None,
 ) -> list[Comparison]:
-    """Runs both sides. The engine's batch is as large as the largest concurrency."""
+    """Runs both sides; `keep_engine` gets the engine's, by concurrency, before the service runs. The engine's batch is
+    as large as the largest concurrency."""
     config = replace(config, max_batch_size=max(config.max_batch_size, *load.concurrencies))
     load_it: LoadEngine = partial(load_paced, pacing=pacing) if pacing else load_engine
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    # Other prompts for each concurrency: the engine would find those of the one before in its cache.
-    questions = {c: replace(load, seed=load.seed + c).questions(tokenizer) for c in load.concurrencies}
-    alone = in_new_process(measure_engine, config, load, questions, load_it)
+    asked = {c: load.asked(tokenizer, c) for c in load.concurrencies}
+    alone = in_new_process(measure_engine, config, asked, load_it)
+    keep_engine(alone)
     with _running(config, through, load_it) as service:
-        served = [asyncio.run(measure_service(service, load, asked, c)) for c, asked in questions.items()]
+        served = [asyncio.run(measure_service(service, load, each, c)) for c, each in asked.items()]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
 
 
@@ -151,29 +181,27 @@ def load_paced(config: ServerConfig, pacing: Pacing) -> Engine:
     )
 
 
-def measure_engine(
-    config: ServerConfig, load: Load, questions: Mapping[int, Sequence[Question]], load_it: LoadEngine = load_engine
-) -> list[Side]:
-    """The engine alone, stepped as fast as it goes; `questions` by concurrency."""
+def measure_engine(config: ServerConfig, asked: Mapping[int, Asked], load_it: LoadEngine = load_engine) -> list[Side]:
+    """The engine alone, stepped as fast as it goes; `asked` by concurrency."""
     engine = load_it(config)
-    params = SamplingParams(max_tokens=load.reply_tokens, temperature=0.0, ignore_eos=True)
     sides = []
-    for concurrency, asked in questions.items():
-        prompts = [question.prompt_ids for question in asked]
-        run_engine(engine, prompts[:WARM_UP], params, concurrency)
-        sides.append(run_engine(engine, prompts, params, concurrency))
+    for concurrency, each in asked.items():
+        run_engine(engine, each.warm_up, concurrency)
+        sides.append(run_engine(engine, each.counted, concurrency))
     return sides
 
 
-def run_engine(engine: Engine, prompts: list[list[int]], params: SamplingParams, concurrency: int) -> Side:
-    waiting = list(reversed(prompts))
+def run_engine(engine: Engine, questions: Sequence[Question], concurrency: int) -> Side:
+    waiting = list(reversed(questions))
     added: dict[str, float] = {}
     first: dict[str, float] = {}
     tokens = in_flight = 0
     steps, started, cpu = engine.stats().steps, time.perf_counter(), time.process_time()
     while waiting or in_flight:
         while waiting and in_flight < concurrency:
-            added[engine.add(waiting.pop(), params)] = time.perf_counter()
+            question = waiting.pop()
+            params = SamplingParams(max_tokens=question.reply_tokens, temperature=0.0, ignore_eos=True)
+            added[engine.add(question.prompt_ids, params)] = time.perf_counter()
             in_flight += 1
         for output in engine.step():
             tokens += len(output.token_ids)
@@ -204,16 +232,16 @@ class Running:
         return sum(spent.values()), loop
 
 
-async def measure_service(service: Running, load: Load, questions: Sequence[Question], concurrency: int) -> Side:
+async def measure_service(service: Running, load: Load, asked: Asked, concurrency: int) -> Side:
     """Streamed replies over HTTP, each worker asking for the next when its last has ended."""
     address = urlsplit(service.url)
     assert address.hostname is not None and address.port is not None
     connections = [await Connection.open(address.hostname, address.port) for _ in range(concurrency)]
     try:
-        await _ask_all(connections, load, questions[:WARM_UP])
+        await _ask_all(connections, load.path, asked.warm_up)
         steps, before, client = service.steps(), service.cpu_seconds(), time.process_time()
         started = time.perf_counter()
-        replies = await _ask_all(connections, load, questions)
+        replies = await _ask_all(connections, load.path, asked.counted)
         seconds = time.perf_counter() - started
         client, after = time.process_time() - client, service.cpu_seconds()
     finally:
@@ -226,15 +254,16 @@ async def measure_service(service: Running, load: Load, questions: Sequence[Ques
     return Side.of(tokens, seconds, first, steps=service.steps() - steps, cpu=cpu)
 
 
-async def _ask_all(connections: Sequence[Connection], load: Load, questions: Sequence[Question]) -> list[Streamed]:
+async def _ask_all(connections: Sequence[Connection], path: str, questions: Sequence[Question]) -> list[Streamed]:
     """Raises RuntimeError for a reply that is not whole."""
     waiting, replies = list(reversed(questions)), []
 
     async def work(connection: Connection) -> None:
         while waiting:
-            reply = await connection.ask(load.path, waiting.pop().body)
-            if (usage := reply.last["usage"])["completion_tokens"] != load.reply_tokens:
-                raise RuntimeError(f"a reply of {load.reply_tokens} tokens was asked for, its usage is {usage}")
+            question = waiting.pop()
+            reply = await connection.ask(path, question.body)
+            if (usage := reply.last["usage"])["completion_tokens"] != question.reply_tokens:
+                raise RuntimeError(f"a reply of {question.reply_tokens} tokens was asked for, its usage is {usage}")
             replies.append(reply)
 
     await asyncio.gather(*map(work, connections))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.paced import Pacing
-from benchmarks.serving import Comparison, Cpu, Load, Through
+from benchmarks.results import write_atomically
+from benchmarks.serving import Comparison, Cpu, Load, Side, Through
 from deployments.config import ServerConfig
 
 
@@ -25,9 +26,32 @@ def write_report(
     pacing: Pacing | None = None,
 ) -> Path:
     """serve.json and serve.md in `directory`; returns the latter."""
-    directory.mkdir(parents=True, exist_ok=True)
+    content = _settings(config, load, through, pacing) | {
+        "rows": [asdict(row) | {"share": row.share, "added_first_token_s": row.added_first_token_s} for row in rows]
+    }
+    _write_json(directory, content)
+    report = directory / "serve.md"
+    write_atomically(report, lambda path: path.write_text(_markdown(content, rows)))
+    return report
+
+
+def write_engine_alone(
+    directory: Path,
+    config: ServerConfig,
+    load: Load,
+    through: Through,
+    pacing: Pacing | None,
+    sides: Sequence[Side],
+) -> None:
+    """What is known before the service runs: serve.json, marked as partial, which `write_report` replaces."""
+    rows = [{"concurrency": c, "engine": asdict(side)} for c, side in zip(load.concurrencies, sides, strict=True)]
+    partial = {"partial": "the engine alone; the service was not measured yet"}
+    _write_json(directory, partial | _settings(config, load, through, pacing) | {"rows": rows})
+
+
+def _settings(config: ServerConfig, load: Load, through: Through, pacing: Pacing | None) -> dict[str, Any]:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    content = {
+    return {
         "machine": machine,
         "model": config.served_name,
         "heads": config.heads,
@@ -35,12 +59,11 @@ def write_report(
         "paced": asdict(pacing) | {"step_times": pacing.step_times.to_dict()["step_times"]} if pacing else None,
         "through": through,
         "load": asdict(load),
-        "rows": [asdict(row) | {"share": row.share, "added_first_token_s": row.added_first_token_s} for row in rows],
     }
-    (directory / "serve.json").write_text(json.dumps(content, indent=2) + "\n")
-    report = directory / "serve.md"
-    report.write_text(_markdown(content, rows))
-    return report
+
+
+def _write_json(directory: Path, content: dict[str, Any]) -> None:
+    write_atomically(directory / "serve.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def _markdown(content: dict[str, Any], rows: Sequence[Comparison]) -> str:

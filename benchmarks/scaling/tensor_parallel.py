@@ -16,7 +16,7 @@ import torch
 from benchmarks.scaling.config import ScaleConfig
 from benchmarks.scaling.points import CutShort, Deadline, LeftOut, Point
 from benchmarks.serving import Load, in_new_process, run_engine
-from medusa import Engine, SamplingParams
+from medusa import Engine
 
 OPTION = "tensor_parallel"
 
@@ -57,13 +57,17 @@ def measure(config: ScaleConfig, workers: int) -> dict[int, tuple[float, ...]]:
         speculation="auto" if config.heads else "off",
         **spread,
     )
-    params = SamplingParams(max_tokens=config.reply_tokens, temperature=0.0, ignore_eos=True)
     speeds = {}
     for concurrency in config.concurrency:
-        load = Load(requests=2 * concurrency, prompt_tokens=config.prompt_tokens, reply_tokens=config.reply_tokens)
-        prompts = load.prompts(engine.tokenizer.vocab_size)
-        run_engine(engine, prompts[:concurrency], params, concurrency)
-        runs = [run_engine(engine, prompts, params, concurrency) for _ in range(config.repeats)]
+        # Other prompts for each run: the engine would find those of another in its cache.
+        load = Load(
+            requests=2 * concurrency * config.repeats,
+            prompt_tokens=config.prompt_tokens,
+            reply_tokens=config.reply_tokens,
+        )
+        asked = load.asked(engine.tokenizer, concurrency)
+        run_engine(engine, asked.warm_up, concurrency)
+        runs = [run_engine(engine, asked.counted[i :: config.repeats], concurrency) for i in range(config.repeats)]
         speeds[concurrency] = tuple(run.tokens_per_second for run in runs)
     if spread:
         engine.close()

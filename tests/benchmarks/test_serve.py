@@ -26,7 +26,7 @@ from benchmarks.serving import (
     measure_engine,
     measure_service,
 )
-from benchmarks.serving_report import write_report
+from benchmarks.serving_report import write_engine_alone, write_report
 from deployments.config import ServerConfig
 from deployments.loading import load_service
 from deployments.one_process import free_port, wait_until_healthy
@@ -76,6 +76,28 @@ def test_chat_asks_the_same_as_messages(tiny_llama):
     assert (load.path, replace(load, route="chat").path) == ("/v1/completions", "/v1/chat/completions")
 
 
+def test_the_warm_up_fills_the_batch_with_prompts_that_are_not_counted(tiny_llama):
+    tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
+    load = Load((1, 4), requests=3, prompt_tokens=8, reply_tokens=16)
+    one, four = (load.asked(tokenizer, concurrency) for concurrency in load.concurrencies)
+    assert (len(one.warm_up), len(one.counted), len(four.warm_up), len(four.counted)) == (2, 3, 4, 3)
+    prompts = [tuple(q.prompt_ids) for each in (one, four) for q in (*each.warm_up, *each.counted)]
+    assert len(set(prompts)) == len(prompts)
+    assert [q.reply_tokens for q in four.warm_up] == [10, 12, 14, 16]  # every batch size down to one is met
+    assert [q.body["max_tokens"] for q in four.warm_up] == [10, 12, 14, 16]
+    assert {q.reply_tokens for q in four.counted} == {16}
+
+
+def test_the_engine_s_figures_are_kept_before_the_service_runs(tmp_path):
+    config, load, side = ServerConfig(model="models/x"), Load((4,)), Side(200.0, 0.1, 0.2)
+    write_engine_alone(tmp_path, config, load, "uvicorn", None, [side])
+    kept = json.loads((tmp_path / "serve.json").read_text())
+    assert "not measured yet" in kept["partial"] and "share" not in kept["rows"][0]
+    assert (kept["rows"][0]["concurrency"], kept["rows"][0]["engine"]["tokens_per_second"]) == (4, 200.0)
+    write_report(tmp_path, config, load, "uvicorn", [Comparison(4, side, side)])
+    assert "partial" not in json.loads((tmp_path / "serve.json").read_text())
+
+
 @pytest.mark.parametrize("route", ["completions", "chat"])
 def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     times = StepTimes({(1, 1, 128): 0.001})
@@ -83,8 +105,8 @@ def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     config = ServerConfig(model=str(tiny_llama), max_batch_size=4, max_model_len=256, port=free_port())
     load = Load((1, 3), requests=5, prompt_tokens=12, reply_tokens=10, route=route)
     tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
-    questions = {c: replace(load, seed=c).questions(tokenizer) for c in load.concurrencies}
-    alone = measure_engine(config, load, questions, load_it)
+    asked = {c: load.asked(tokenizer, c) for c in load.concurrencies}
+    alone = measure_engine(config, asked, load_it)
     service = load_service(config, load=load_it)
     server = uvicorn.Server(uvicorn.Config(service.api, port=config.port, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run)
@@ -92,7 +114,7 @@ def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     try:
         wait_until_healthy(f"http://127.0.0.1:{config.port}", is_alive=thread.is_alive)
         running = Running(f"http://127.0.0.1:{config.port}", os.getpid())
-        served = [asyncio.run(measure_service(running, load, asked, c)) for c, asked in questions.items()]
+        served = [asyncio.run(measure_service(running, load, each, c)) for c, each in asked.items()]
     finally:
         server.should_exit = True
         thread.join(20)
@@ -100,8 +122,8 @@ def test_the_paced_engine_is_measured_alone_and_through_rest(tiny_llama, route):
     for side in (*alone, *served):
         assert side.tokens_per_second > 0 and side.steps > 0
         assert 0 < side.first_token_median_s <= side.first_token_p95_s
-        assert side.cpu.engine > 0
-    assert all(side.cpu.client > 0 for side in served)
+    assert all(side.cpu.engine > 0 for side in alone)
+    assert all(side.cpu.client > 0 for side in served)  # its threads' time comes in ticks, of which there may be none
 
 
 @pytest.mark.parametrize(
@@ -124,7 +146,9 @@ def test_options_that_contradict_each_other_are_refused(options, message):
 def test_both_sides_are_measured_and_reported(tiny_llama, tmp_path, pacing):
     config = ServerConfig(model=str(tiny_llama), speculation="off", device="cpu", port=free_port())
     load = Load(concurrencies=(1, 3), requests=6, prompt_tokens=12, reply_tokens=10)
-    rows = compare(config, load, pacing=pacing)
+    kept = []
+    rows = compare(config, load, pacing=pacing, keep_engine=kept.extend)
+    assert kept == [row.engine for row in rows]
     assert [row.concurrency for row in rows] == [1, 3]
     for row in rows:
         for side in (row.engine, row.service):
