@@ -44,14 +44,13 @@ def serving(config: ScaleConfig, deadline: Deadline) -> Iterator[Point]:
 
 def _measured(config: ScaleConfig, clients: Clients, workers: int, concurrency: int, deadline: Deadline) -> Point:
     """As many runs as there is time for, one at least."""
-    requests = _requests(config, workers * concurrency * (WAVES + 1))
-    clients.answer(requests[: workers * concurrency], concurrency)
-    counted = requests[workers * concurrency :]
+    at_once = workers * concurrency
+    clients.answer(_requests(config, at_once, concurrency, 0), concurrency)
     runs: list[list[Answered]] = []
     took = 0.0
     while len(runs) < config.repeats and deadline.left > took:
         started = time.monotonic()
-        runs.append(clients.answer(counted, concurrency))
+        runs.append(clients.answer(_requests(config, at_once * WAVES, concurrency, len(runs) + 1), concurrency))
         took = time.monotonic() - started
     if not runs:
         raise CutShort(f"no time for {concurrency} at once on {workers} replica(s)")
@@ -63,7 +62,7 @@ def _measured(config: ScaleConfig, clients: Clients, workers: int, concurrency: 
         tuple(tokens_per_second(run) for run in runs),
         target=TARGETS["serve"],
         told={
-            "requests": len(counted),
+            "requests": at_once * WAVES,
             "first token median, s": statistics.median(first),
             "first token p95, s": first[int(0.95 * (len(first) - 1))],
         },
@@ -77,7 +76,7 @@ def autoscale(config: ScaleConfig, deadline: Deadline) -> Iterator[Point]:
         raise LeftOut("a jump needs more than one worker: give --workers 1,2 or more")
     concurrency = max(config.concurrency)
     with running(config, 1, config.most, target=max(1.0, concurrency / 2)) as (url, clients):
-        requests = _requests(config, config.most * concurrency * WAVES)
+        requests = _requests(config, config.most * concurrency * WAVES, concurrency, 0)
         clients.answer(requests[:1], 1)
         known = set(_replicas_with_tokens(url))
         jumped = time.monotonic()
@@ -144,9 +143,11 @@ def running(config: ScaleConfig, fewest: int, most: int, target: float | None = 
             clients.close()
 
 
-def _requests(config: ScaleConfig, number: int) -> list[Request]:
+def _requests(config: ScaleConfig, number: int, concurrency: int, run: int) -> list[Request]:
+    """Other prompts for each run at each concurrency: a replica would find those of another in its cache."""
     vocabulary = ChatTokenizer.from_pretrained(config.model).vocab_size
-    load = Load(requests=number, prompt_tokens=config.prompt_tokens, reply_tokens=config.reply_tokens)
+    seed = concurrency * (config.repeats + 1) + run
+    load = Load(requests=number, prompt_tokens=config.prompt_tokens, reply_tokens=config.reply_tokens, seed=seed)
     return requests_of(load.prompts(vocabulary), config.reply_tokens)
 
 

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 
-from benchmarks.scaling import bench, tensor_parallel, training
+from benchmarks.scaling import bench, serving, tensor_parallel, training
 from benchmarks.scaling.bench import ScaleBenchmark
 from benchmarks.scaling.clients import Answered, requests_of, tokens_per_second
 from benchmarks.scaling.config import PARTS, ScaleConfig
@@ -26,6 +26,7 @@ from benchmarks.scaling.machine import Machine
 from benchmarks.scaling.models import inflated
 from benchmarks.scaling.points import CutShort, Deadline, LeftOut, PartTimeout, Point, alarm, of_linear
 from benchmarks.scaling.report import SHARED, Part, markdown, shares
+from benchmarks.serving import run_engine
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import BackboneRef, CheckpointMeta, save_checkpoint
 from medusa.config import ConfigError
@@ -210,6 +211,14 @@ def test_a_load_counts_all_clients_from_the_first_start_to_the_last_end():
     assert all(5 <= request.reply_tokens <= 15 for request in requests)
 
 
+def test_no_run_of_the_service_repeats_the_prompts_of_another(make_backbone_dir):
+    config = ScaleConfig(model=str(make_backbone_dir("llama")), prompt_tokens=8, repeats=3)
+    places = [(concurrency, run) for concurrency in (1, 2, 4) for run in range(4)]
+    asked = [serving._requests(config, 8, *place) for place in places]
+    assert len({tuple(request.prompt_ids) for requests in asked for request in requests}) == 8 * len(places)
+    assert len({tuple(request.reply_tokens for request in requests) for requests in asked}) == 1  # the same work
+
+
 def test_tensor_parallelism_is_left_out_where_the_engine_has_none(monkeypatch):
     def without(cls, backbone, heads=None, *, device=None): ...
 
@@ -242,6 +251,21 @@ def test_tensor_parallel_speed_stands_beside_one_devices(monkeypatch):
     monkeypatch.setattr(tensor_parallel, "in_new_process", lambda function, config, workers: {1: (10.0 + workers,)})
     one, two = tensor_parallel.tensor_parallel(ScaleConfig(workers=(1, 2), device="cuda"), Deadline(9.0))
     assert not one.told and two.told == {"times one device": pytest.approx(12 / 11)}
+
+
+def test_no_run_of_one_engine_repeats_the_prompts_of_another(make_backbone_dir, monkeypatch):
+    runs = []
+
+    def keep(engine, questions, concurrency):
+        runs.append({tuple(question.prompt_ids) for question in questions})
+        return run_engine(engine, questions, concurrency)
+
+    monkeypatch.setattr(tensor_parallel, "run_engine", keep)
+    given = ScaleConfig(model=str(make_backbone_dir("llama")), device="cpu", concurrency=(1, 2), repeats=2)
+    speeds = tensor_parallel.measure(replace(given, prompt_tokens=8, reply_tokens=4), 1)
+    assert {at_once: len(values) for at_once, values in speeds.items()} == {1: 2, 2: 2}
+    assert [len(run) for run in runs] == [2, 2, 2, 2, 4, 4]
+    assert len(set.union(*runs)) == sum(map(len, runs))
 
 
 def test_an_inflated_model_is_written_once_for_all_workers_and_says_the_same(make_backbone_dir, tmp_path):
