@@ -74,8 +74,6 @@ def make_trainer(recipe: Recipe, rows: list[Row], backbone: Backbone, arguments:
 
 
 def begin_with(heads: DraftHeads, folder: Path) -> None:
-    if not folder.exists():
-        raise SystemExit(f"{folder} is missing: the recipe goes on with its heads; train {folder.name} first")
     weights = load_file(folder / "medusa_lm_head.safetensors")
     heads.load_state_dict({name.removeprefix(f"{heads.kind}."): tensor for name, tensor in weights.items()})
 
@@ -83,7 +81,7 @@ def begin_with(heads: DraftHeads, folder: Path) -> None:
 def run_steps(trainer: Trainer, started: float, budget_s: float) -> list[dict[str, float]]:
     """To the end of the schedule, which is set once the first steps told how long one takes."""
     pace = Pace(budget_s * TIMED_SHARE)
-    every = 1
+    every = TIMED_BLOCK  # until the pace is known: a record waits for the device, which is no part of a step
     curve: list[dict[str, float]] = []
     while not trainer.finished:
         metrics = trainer.train_step(trainer.next_batches())
@@ -92,7 +90,7 @@ def run_steps(trainer: Trainer, started: float, budget_s: float) -> list[dict[st
             trainer.total_steps = max(min(trainer.total_steps, fitting), metrics.step)  # the rates follow it
             every = max(trainer.total_steps // RECORDS, 1)
             say(f"{step_s * 1e3:.1f} ms a step; {trainer.total_steps} steps fit the budget")
-        if metrics.step % every == 0 or trainer.finished:
+        if metrics.step == 1 or metrics.step % every == 0 or trainer.finished:
             curve.append(trainer.take_record(metrics) | {"seconds": round(time.perf_counter() - started, 2)})
             if pace.known and not trainer.finished and curve[-1]["seconds"] > TOO_LATE * budget_s:
                 say(f"stopped at step {metrics.step} of {trainer.total_steps}: steps became slower than the first")
