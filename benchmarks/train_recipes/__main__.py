@@ -50,7 +50,11 @@ def main() -> None:
     of_train.add_argument("work", type=Path)
     of_train.add_argument("--recipes", required=True, help=f"NAME or NAME:SECONDS, of {', '.join(RECIPES)}")
     of_train.add_argument("--budget-s", type=float, default=60.0, help="of training, where a recipe names none")
-    of_train.add_argument("--total-s", type=float, help="start no recipe that would end later than this")
+    of_train.add_argument(
+        "--total-s",
+        type=float,
+        help="start no recipe that is expected to end later than this, loading and measuring counted",
+    )
     of_train.add_argument("--set", nargs="*", default=[], help="trainer numbers for all recipes, such as lr=2e-3")
     for command in (of_distil, of_train):
         command.add_argument("--max-tokens", type=int, default=256, help="of a reply")

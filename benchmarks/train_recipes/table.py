@@ -13,13 +13,14 @@ CLOSE_ENOUGH = 0.01  # of the base's perplexity
 
 
 def write_table(work: Path) -> str:
-    """WORK/results.md, results.json and curves.png, from WORK/results/*.json; gives the text."""
+    """WORK/results.md, results.json and curves.png, from WORK/results/*.json, and what failed; gives the text."""
     results = [json.loads(path.read_text()) for path in sorted((work / "results").glob("*.json"))]
+    failed = [f"- {path.stem} failed: {path.read_text()}" for path in sorted((work / "results").glob("*.failed"))]
     if not results:
-        return f"there are no results in {work / 'results'} yet\n"
+        return "".join([f"there are no results in {work / 'results'} yet\n", *failed])
     devices = ", ".join(sorted({result["device"] for result in results}))
     head = f"Tokens a step, 64-node trees grown on rows kept back from training ({devices}).\n\n"
-    text = head + "\n".join([*table(results), "", *targets(results)]) + "\n"
+    text = head + "\n".join([*table(results), "", *targets(results)]) + "\n" + "".join(failed)
     (work / "results.md").write_text(text)
     (work / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     plot_curves(results, work / "curves.png")

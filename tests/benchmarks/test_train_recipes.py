@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.train_recipes import __main__ as command
+from benchmarks.train_recipes import distil, run
 from benchmarks.train_recipes.recipes import RECIPES
 from benchmarks.train_recipes.replies import add_replies, key_of, read_replies
 from benchmarks.train_recipes.run import Data, budgets
 from benchmarks.train_recipes.table import targets
-from benchmarks.train_recipes.training import Pace
+from benchmarks.train_recipes.training import Pace, run_steps
 from medusa.checkpoint import HEADS, load_checkpoint
 from medusa.heads import HeadsConfig
 from medusa.model import Backbone
 from medusa.training.schedule import TrainerConfig
+from medusa.training.totals import NonFiniteLossError
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -46,6 +52,24 @@ def test_the_pace_is_told_once_enough_was_timed() -> None:
     assert [step for step, answer in enumerate(answers, 1) if answer is not None] == [8]
     slow = Pace(1e9)
     assert all(slow.after(step) is None for step in range(1, 20)) and not slow.known
+
+
+def test_few_steps_wait_for_a_record_while_the_pace_is_measured() -> None:
+    class Steps:
+        step, total_steps = 0, 10
+        finished = property(lambda self: self.step == self.total_steps)
+
+        def next_batches(self) -> None: ...
+
+        def train_step(self, batches: None) -> SimpleNamespace:
+            self.step += 1
+            return SimpleNamespace(step=self.step)
+
+        def take_record(self, metrics: SimpleNamespace) -> dict[str, float]:
+            return {"step": metrics.step}
+
+    curve = run_steps(Steps(), time.perf_counter(), budget_s=1e9)
+    assert [record["step"] for record in curve] == [1, 4, 8, 10]
 
 
 def reply(set: str, number: int, temperature: float | None = 0.7, round: int = 0) -> dict:
@@ -131,14 +155,76 @@ def test_distillation_stops_at_its_budget_and_goes_on_where_it_stopped(
     assert {key[1:3] for key in keys if key[0] == "heldout_chat"} == {(t, n) for t in (0.0, 1.0) for n in range(2)}
 
 
+def trained(name: str, beside_s: float) -> dict:
+    record = {"loss": 1.0, "seconds": 1.0, "head_0/top1_accuracy": 0.5}
+    training = {"rows": 1, "epochs": 1.0, "seconds": 10.0, "curve": [record, record]}
+    found = {"tokens_per_step": 2.0, "top1": [0.5]}
+    seconds = {"training": 10.0, "all": 10.0 + beside_s}
+    return {"recipe": name, "about": "", "device": "CPU", "training": training, "seconds": seconds} | {
+        "tokens_per_step": {"heldout_chat@0.0": found, "heldout_chat@1.0": found}
+    }
+
+
+def test_a_recipe_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def train_and_measure(name: str, *_: object) -> dict:
+        if name == "m1-soft-fast":
+            raise NonFiniteLossError(7, [1])
+        if name == "hydra-lk-4layers":
+            raise torch.OutOfMemoryError("2 GiB wanted")
+        return trained(name, beside_s=80.0)
+
+    add_replies(tmp_path, [reply("train", n) for n in range(20)])
+    monkeypatch.setattr(run, "train_and_measure", train_and_measure)
+    failing = "m1-soft-fast,m2-full,hydra-lk-4layers"
+    call(monkeypatch, "train", "backbone", tmp_path, "--recipes", f"{failing},hydra")
+    told = capsys.readouterr()
+    assert "m2-full is left out" in told.err and "train m1-soft-4layers first" in told.err
+    assert [path.name for path in (tmp_path / "results").glob("*.json")] == ["hydra.json"]
+    written = (tmp_path / "results.md").read_text()
+    assert told.out == written + "\n" and "- hydra-lk-4layers failed: OutOfMemoryError: 2 GiB wanted" in written
+    assert "- m1-soft-fast failed: NonFiniteLossError: " in written
+    monkeypatch.setattr(run, "train_and_measure", lambda name, *_: trained(name, beside_s=80.0))
+    call(monkeypatch, "train", "backbone", tmp_path, "--recipes", failing)
+    assert "failed" not in (tmp_path / "results.md").read_text()
+
+
+def test_what_a_recipe_takes_beside_its_budget_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    assert run.beside_s("m1-long", tmp_path) == 30.0 and run.beside_s("m2-full", tmp_path) == 60.0
+    for name, beside_s in (("m1-soft", 80.0), ("hydra", 20.0)):
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps(trained(name, beside_s)))
+    assert run.beside_s("m1-long", tmp_path) == 80.0 and run.beside_s("m2-full", tmp_path) == 60.0
+    asked = argparse.Namespace(work=tmp_path, total_s=200.0)
+    assert run.left_out("m1-long", 60.0, 59.0, asked) is None
+    assert "may take 140 s more" in (run.left_out("m1-long", 60.0, 61.0, asked) or "")
+
+
+def test_a_budget_is_held_by_the_last_wave_not_by_the_one_that_compiles(
+    tiny_llama: Path, tmp_path: Path, sets: list[object], monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    clock = [0.0]
+
+    def answer(engine: object, asked: list, max_tokens: int) -> list[dict]:
+        clock[0] += 60.0 if clock[0] == 0.0 else 5.0
+        return [reply(ask.set, ask.number, ask.temperature, ask.round) for ask in asked]
+
+    monkeypatch.setattr(distil, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(distil, "answer", answer)
+    call(monkeypatch, "distil", tiny_llama, tmp_path, *sets, *COMMON, "--budget-s", "122", "--wave", "4")
+    told = capsys.readouterr().err  # a third wave like the first would not have fitted
+    assert "18 of 18 replies" in told and "is spent" not in told
+
+
 @pytest.mark.slow
 def test_recipes_are_trained_tabulated_and_not_trained_again(
     tiny_llama: Path, tmp_path: Path, sets: list[object], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     work = tmp_path / "work"
     call(monkeypatch, "distil", tiny_llama, work, *sets, *COMMON)
-    with pytest.raises(SystemExit, match="train m1-soft-4layers first"):
-        call(monkeypatch, "train", tiny_llama, work, "--recipes", "m2-full:0.3", *COMMON)
+    call(monkeypatch, "train", tiny_llama, work, "--recipes", "m2-full:0.3", *COMMON)
+    assert "train m1-soft-4layers first" in capsys.readouterr().err
     recipes = ["--recipes", "m1-soft-4layers,hydra,m2-full,m2-lora", "--budget-s", "0.5", "--set", "batch_size=4"]
     call(monkeypatch, "train", tiny_llama, work, *recipes, *COMMON)
     results = {result["recipe"]: result for result in json.loads((work / "results.json").read_text())}
