@@ -111,6 +111,7 @@ class DecodeBenchmark:
         if config.typical and self._checkpoint is not None:
             self._race_typical(self._engine(Typical()), budgets)
         if reference is not None:
+            _release_memory()  # of the engine's cache, without which Hugging Face has more room
             self._race_peers(reference, assistant, budgets)
         self._write()
         return markdown(self._settings, self._rows, self._notes)
@@ -171,7 +172,7 @@ class DecodeBenchmark:
             except torch.cuda.OutOfMemoryError:
                 self._notes.append(f"concurrency {concurrency}: Hugging Face ran out of the GPU's memory")
                 continue
-            self._rows += [_over(row, plain.get(concurrency)) for row in rows]
+            self._rows += [replace(_over(row, plain.get(concurrency)), end_to_end=None) for row in rows]
             self._write()
 
     def _race(self, contenders: Sequence[Contender], concurrency: int, budget: float | None) -> list[Row]:
