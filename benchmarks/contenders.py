@@ -52,10 +52,6 @@ class Run:
     def tokens_per_step(self) -> float:
         return self.replies_tokens / self.replies_steps
 
-    @property
-    def seconds(self) -> float:
-        return self.prefill_seconds + self.decode_seconds
-
 
 class Contender(Protocol):
     """`plain` names the contender that this one is compared with (its own name for plain decoding itself)."""

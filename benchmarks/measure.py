@@ -49,10 +49,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Row:
-    """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill, `full` are those
-    while every request of a wave decodes (None where there was no such step). Ratios are to the plain contender of the
-    same temperature, run by run. `nodes` is the mean over steps of the largest tree, `speculating` the share of steps
-    with more than one node a sequence."""
+    """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill (None for a peer,
+    which computes prompts that this engine finds in its cache), `full` are those while every request of a wave decodes
+    (None where there was no such step). Ratios are to the plain contender of the same temperature, run by run. `nodes`
+    is the mean over steps of the largest tree, `speculating` the share of steps with more than one node a sequence."""
 
     contender: str
     temperature: float
@@ -60,7 +60,7 @@ class Row:
     requests: int
     repeats: int
     tokens_per_second: Interval
-    end_to_end: Interval
+    end_to_end: Interval | None
     full: Interval | None
     tokens_per_step: float
     step_ms: float

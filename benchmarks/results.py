@@ -61,8 +61,10 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
         lines.append("")
     lines += [
         "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
-        "includes the prefill. A wave ends with its longest reply; all at once is the speed over plain's while every",
-        "request of a wave decodes, which is when steps are timed too (medians).",
+        "includes the prefill, where this engine finds prompts that it has answered before in its cache: it compares",
+        "this engine's rows alone, and Hugging Face, which computes every prompt each time, has none.",
+        "A wave ends with its longest reply; all at once is the speed over plain's while every request of a wave",
+        "decodes, which is when steps are timed too (medians).",
         "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
         "memory (read and write counted).",
         "",
@@ -76,7 +78,7 @@ def _cells(row: Row, has_idle: bool) -> list[str]:
         row.contender,
         f"{row.temperature:g}",
         _interval(row.tokens_per_second, 0),
-        f"{row.end_to_end.median:.0f}",
+        f"{row.end_to_end.median:.0f}" if row.end_to_end else "",
         f"{row.tokens_per_step:.2f}",
         f"{row.step_ms:.2f}",
         f"{row.nodes:.1f}",

@@ -255,6 +255,7 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     for row in content["rows"]:
         assert row["tokens_per_second"]["median"] > 0 and row["step_ms"] > 0 and row["bandwidth_share"] > 0
         assert row["gpu_idle_share"] is None
+        assert (row["end_to_end"] is None) == row["contender"].startswith("HF")  # its prompts are computed again
         assert (row["ratio"] is None) == row["contender"].startswith("plain")
     assert content["settings"]["prompt tokens, mean"] == 40.0 and content["settings"]["step times"]
     assert content["settings"]["typical acceptance, distance"]["first"] > 0
