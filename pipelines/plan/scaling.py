@@ -141,10 +141,10 @@ def plan_scaling(model: str, shape: ModelShape, gpu: str, figures: Figures, ques
     inputs |= {f"{name}, tokens/s": speed for name, speed in speeds.items()}
     inputs |= {
         "driver, CPU s a block": Figure(ray.block_s, "measured", ray.source),
-        "proxy, CPU s a reply, busiest thread": Figure(costs[0], "measured", ray.source),
-        "proxy, CPU s a reply, all threads": Figure(costs[1], "measured", ray.source),
-        "replies": Figure(
-            question.reply_tokens, "measured", f"spread of lengths: {figures.measured.replies[0].source}"
+        "proxy, CPU s a reply, busiest thread": Figure(costs[0], "derived", ray.source),
+        "proxy, CPU s a reply, all threads": Figure(costs[1], "derived", ray.source),
+        "reply, mean tokens": Figure(
+            question.reply_tokens, "estimate", f"assumed; spread of lengths: {figures.measured.replies[0].source}"
         ),
         f"{question.inside}, GB/s": Figure(network.inside / 1e9, "estimate", _link_source(figures, question.inside)),
         f"{question.across}, GB/s": Figure(network.across / 1e9, "estimate", _link_source(figures, question.across)),

@@ -164,6 +164,8 @@ def test_a_plan_starts_at_one_and_names_every_input():
     assert {"medusa-1 ddp", "medusa-1 fsdp", "medusa-2 ddp", "medusa-2 fsdp"} == set(one.training)
     assert all(figure.how and figure.value > 0 for figure in plan.inputs.values())
     assert plan.inputs["step of 8 replies, s"].basis == "derived"
+    assert plan.inputs["proxy, CPU s a reply, all threads"].basis == "derived"  # of requests and chunks, measured apart
+    assert plan.inputs["reply, mean tokens"].basis == "estimate"  # what was asked for
     assert plan_scaling(VICUNA, SHAPE, "h200-141gb", FIGURES, SMALL) == plan
 
 
