@@ -45,10 +45,11 @@ def table(results: Iterable[Result]) -> list[str]:
 
 
 def targets(results: Iterable[Result]) -> list[str]:
-    """What the best recipe of each kind reached; nothing is said of a kind that was not measured."""
+    """What the best recipe of each kind reached; nothing is said of a kind that was not measured, nor
+    of a changed model whose distance from its base was not."""
     results = [result for result in results if FIRST in result["tokens_per_step"]]
     medusa_1 = [result for result in results if is_kind(result, "m1")]
-    medusa_2 = [result for result in results if is_kind(result, "m2")]
+    medusa_2 = [result for result in results if is_kind(result, "m2") and result.get("quality")]
     hydra = [result for result in results if is_kind(result, "hydra")]
     lines = []
     for key, needed in ((FIRST, 2.2), ("heldout_chat@1.0", 1.7)):

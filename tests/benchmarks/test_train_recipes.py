@@ -113,6 +113,7 @@ def test_targets_are_decided_by_the_best_recipe_of_each_kind() -> None:
     assert "2.500 (m2-lora, perplexity +0.40% at most), target 2.7: missed" in told  # m2-full is not the base any more
     assert "Hydra over Medusa-1: 1.156 (hydra over m1-lk), target 1.2: missed" in told
     assert "closest m2-full, +3.00%: missed" in targets(results[3:4])[0]
+    assert targets([result("m2-full", 3.1, 2.0) | {"quality": {}}]) == []  # no set to measure its distance on
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
