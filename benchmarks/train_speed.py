@@ -5,8 +5,8 @@
 The straightforward twin pads rows instead of packing them and makes the logits of all heads at once, at every position,
 with torch's cross-entropy and KL over them; backbone, heads, optimiser, activation checkpointing and rows are the same.
 A case that does not fit the memory is reported as such, and so is one whose package is missing: `m1-8bit` and `m1-4bit`
-freeze a quantised backbone (bitsandbytes). Results of other cases that the file holds already are kept, so cases can
-be measured one call at a time.
+freeze a quantised backbone (bitsandbytes). Results of other cases that the file holds already are kept if they
+were measured with the same settings on the same device, so cases can be measured one call at a time.
 Tokens are real ones, prompts and replies, without padding. FLOPs count 2 a weight and token for a forward and 4 for its
 backward (2 where only activations need gradients), without what checkpointing computes again.
 """
@@ -17,6 +17,7 @@ import argparse
 import gc
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -67,7 +68,7 @@ def main() -> None:
     cases = arguments.cases.split(",")
     if unknown := [case for case in cases if case not in CASES]:
         raise SystemExit(f"no cases {unknown}; there are {CASES}")
-    results = kept_results(arguments.out, arguments.shape, cases)
+    results = kept_results(arguments.out, settings_of(arguments), cases)
     for case in cases:
         results.append(run_case(case, arguments))
         print(json.dumps(results[-1]), flush=True)
@@ -77,14 +78,23 @@ def main() -> None:
     print(table)
 
 
-def kept_results(path: Path, shape: str, cases: Sequence[str]) -> list[dict[str, Any]]:
-    """What the file holds of the same shape, but of the cases that are measured now."""
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What results of one table have in common."""
+    asked = {name: getattr(arguments, name) for name in ("shape", "heads", "length", "rows", "chunk")}
+    return asked | {"torch": torch.__version__, "device": device_name()}
+
+
+def kept_results(path: Path, settings: dict[str, Any], cases: Sequence[str]) -> list[dict[str, Any]]:
+    """What the file holds of the same settings, but of the cases that are measured now."""
     earlier = json.loads(path.read_text()) if path.exists() else []
-    return [result for result in earlier if result["shape"] == shape and result["case"] not in cases]
+    alike = [result for result in earlier if settings.items() <= result.items()]
+    if others := len(earlier) - len(alike):
+        print(f"{others} results of other settings are left out of {path}", file=sys.stderr)
+    return [result for result in alike if result["case"] not in cases]
 
 
 def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    told = {"case": case, "shape": arguments.shape, "heads": arguments.heads, "device": device_name()}
+    told = {"case": case} | settings_of(arguments)
     try:
         return told | measure(case, arguments)
     except torch.cuda.OutOfMemoryError as error:
@@ -241,14 +251,16 @@ def flops_of(trainer: Trainer, body: int, tokens: int, positions: int) -> float:
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:
-    names = ("case", "tokens_per_second", "peak_memory_gib", "tflops", "share_of_peak", "cross_entropy")
+    names = ("case", "tokens_per_second", "steps", "peak_memory_gib", "tflops", "share_of_peak", "cross_entropy")
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for result in results:
         cells = [str(result.get(name, "")) for name in names]
         if "error" in result:
             cells[1] = result["error"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([f"{results[0]['shape']}, {results[0]['heads']} heads, {results[0]['device']}", "", *lines, ""])
+    told = results[0]
+    head = f"{told['shape']}, {told['heads']} heads, {told['rows']} rows of up to {told['length']} tokens, "
+    return "\n".join([f"{head}torch {told['torch']}, {told['device']}", "", *lines, ""])
 
 
 def synchronise() -> None:

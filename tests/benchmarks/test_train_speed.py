@@ -36,6 +36,17 @@ def test_every_case_is_measured_and_calls_add_up_to_one_table(tmp_path: Path, mo
     assert out.with_suffix(".md").read_text().count("\n| ") == 1 + len(train_speed.CASES)
 
 
+def test_results_of_other_settings_are_not_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "speed.json"
+    asked = argparse.Namespace(shape="tiny", heads=5, length=48, rows=2, chunk=16)
+    alike = train_speed.settings_of(asked)
+    others = [alike | {name: "another"} for name in alike]
+    out.write_text(json.dumps([each | {"case": "m1"} for each in (alike, *others)]))
+    assert train_speed.kept_results(out, alike, ["m2"]) == [alike | {"case": "m1"}]
+    assert f"{len(others)} results of other settings are left out" in capsys.readouterr().err
+    assert train_speed.kept_results(out, alike, ["m1"]) == []
+
+
 def test_a_case_whose_package_is_missing_is_told_and_the_others_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
