@@ -128,7 +128,8 @@ def train_and_measure(
     free_memory()
     trained_s = time.perf_counter() - started
     evaluation, kept_back = data.evaluation, data.kept_back
-    result: dict[str, Any] = {"recipe": name, "about": recipe.about, "device": device_name(), "training": training}
+    result: dict[str, Any] = {"recipe": name, "about": recipe.about, "start": recipe.start, "device": device_name()}
+    result["training"] = training
     if recipe.joint is not None:
         base, _ = load(arguments)
         result["quality"] = quality(base, backbone, data.everything)
@@ -138,6 +139,7 @@ def train_and_measure(
         answered = own_replies(engine, [*evaluation, *kept_back], arguments.max_tokens)
         evaluation, kept_back = answered[: len(evaluation)], answered[len(evaluation) :]
     calibration, trees = calibrate(backbone, heads, kept_back)
+    result["kept_back"] = {"tokens_per_step": round(calibration.tokens_per_step[-1], 4), "replies": len(kept_back)}
     result["tokens_per_step"] = measure(backbone, heads, evaluation, trees)
     result["tree"] = trees[-1].to_list()
     keep(arguments.work, name, recipe, backbone, tokenizer, heads, calibration, trees)

@@ -17,7 +17,7 @@ from benchmarks.train_recipes import distil, run
 from benchmarks.train_recipes.recipes import RECIPES
 from benchmarks.train_recipes.replies import add_replies, key_of, read_replies
 from benchmarks.train_recipes.run import Data, budgets
-from benchmarks.train_recipes.table import targets
+from benchmarks.train_recipes.table import table, targets
 from benchmarks.train_recipes.training import Pace, run_steps
 from medusa.checkpoint import HEADS, load_checkpoint
 from medusa.heads import HeadsConfig
@@ -98,21 +98,25 @@ def test_prompts_kept_back_are_in_no_form_trained_on() -> None:
         Data.of([reply("mt_bench", 0, 0.0)])
 
 
-def result(name: str, cold: float, warm: float, perplexities: tuple[float, ...] = ()) -> dict:
+def result(name: str, cold: float, warm: float, perplexities: tuple[float, ...] = (), kept: float = 2.0) -> dict:
     tokens = {"heldout_chat@0.0": {"tokens_per_step": cold}, "heldout_chat@1.0": {"tokens_per_step": warm}}
     quality = {str(place): {"perplexity_ratio": ratio} for place, ratio in enumerate(perplexities)}
-    return {"recipe": name, "tokens_per_step": tokens} | ({"quality": quality} if perplexities else {})
+    return {"recipe": name, "kept_back": {"tokens_per_step": kept}, "tokens_per_step": tokens} | (
+        {"quality": quality} if perplexities else {}
+    )
 
 
 def test_targets_are_decided_by_the_best_recipe_of_each_kind() -> None:
-    results = [result("m1-soft", 2.1, 1.71), result("m1-lk", 2.25, 1.6), result("hydra", 2.6, 2.0)]
+    results = [result("m1-soft", 2.3, 1.71), result("m1-lk", 2.25, 1.6, kept=2.1), result("hydra", 2.6, 2.0)]
     results += [result("m2-full", 3.1, 2.0, (1.001, 1.03)), result("m2-lora", 2.5, 1.9, (0.99, 1.004))]
     told = "\n".join(targets(results))
     assert "Medusa-1, heldout_chat@0.0: 2.250 (m1-lk), target 2.2: reached" in told
-    assert "Medusa-1, heldout_chat@1.0: 1.710 (m1-soft), target 1.7: reached" in told
+    assert "Medusa-1, heldout_chat@1.0: 1.600 (m1-lk), target 1.7: missed" in told  # the best on other rows
     assert "2.500 (m2-lora, perplexity +0.40% at most), target 2.7: missed" in told  # m2-full is not the base any more
     assert "Hydra over Medusa-1: 1.156 (hydra over m1-lk), target 1.2: missed" in told
     assert "closest m2-full, +3.00%: missed" in targets(results[3:4])[0]
+    old = {key: value for key, value in results[0].items() if key != "kept_back"}
+    assert targets([old]) == ["- m1-soft: not judged, its result has no figure on rows kept back; train it again"]
     assert targets([result("m2-full", 3.1, 2.0) | {"quality": {}}]) == []  # no set to measure its distance on
 
 
@@ -189,6 +193,13 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(
     monkeypatch.setattr(run, "train_and_measure", lambda name, *_: trained(name, beside_s=80.0))
     call(monkeypatch, "train", "backbone", tmp_path, "--recipes", failing)
     assert "failed" not in (tmp_path / "results.md").read_text()
+
+
+def test_the_seconds_of_both_stages_stand_in_the_table() -> None:
+    second = trained("m2-full", beside_s=1.0) | {"start": "m1-soft-4layers"}
+    rows = table([trained("m1-soft-4layers", beside_s=1.0), second])[2:]
+    assert "| 1 | 10 |" in rows[0] and "| 1 | 10 + 10 |" in rows[1]
+    assert "| 1 | ? + 10 |" in table([second])[2]  # the first stage's result was deleted
 
 
 def test_what_a_recipe_takes_beside_its_budget_is_counted(tmp_path: Path) -> None:
