@@ -333,6 +333,7 @@ def test_a_part_that_waits_for_ray_is_broken_off(ray_cluster):
     ray.get(together.arrive.remote())  # the second has come: Ray works on, and so does the meeting
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_one_and_two_actors_distil(ray_cluster, tiny):
     points = measured("distill", tiny)
