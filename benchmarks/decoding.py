@@ -25,8 +25,9 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import hardware
+from benchmarks.backbones import check_dtype, load_timed
 from benchmarks.contenders import Contender, EngineContender, HuggingFaceContender
-from benchmarks.inflate import inflate, inflate_checkpoint
+from benchmarks.inflate import inflate_checkpoint
 from benchmarks.measure import MIN_REPEATS, Interval, Row, plan, probe, rotated_runs, summarise
 from benchmarks.results import markdown, write_results
 from benchmarks.typical import distance_from_exact
@@ -37,7 +38,6 @@ from medusa.config import ConfigError
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TYPICAL_TEMPERATURE = 0.7
 DISTANCE_PROMPTS = 32
 IDLE_TOKENS = 32
@@ -78,8 +78,7 @@ class DecodeConfig:
             raise ConfigError(f"--repeats is at least {MIN_REPEATS}, for a median with quartiles; got {self.repeats}")
         if self.num_prompts < 1 or self.max_tokens < MIN_REPLY or self.context < 0:
             raise ConfigError(f"--num-prompts is at least 1, --max-tokens at least {MIN_REPLY}, --context at least 0")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
         if not set(self.peers_at) <= set(self.concurrency):
             raise ConfigError(f"--peers-at {self.peers_at} must be among --concurrency {self.concurrency}")
 
@@ -286,19 +285,11 @@ class DecodeBenchmark:
 
 def _load(config: DecodeConfig) -> tuple[Backbone, Checkpoint | None, ChatTokenizer]:
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if config.inflate is None:
-        backbone = Backbone.from_pretrained(config.model, dtype=dtype, device=device)
-        return backbone, load_checkpoint(config.heads, backbone) if config.heads else None, tokenizer
-    small = Backbone.from_pretrained(config.model, dtype=torch.float32, device="cpu")
+    small, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
     checkpoint = load_checkpoint(config.heads, small) if config.heads else None
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        backbone = inflate(small, config.inflate, dtype=dtype, device=device)
-    except ValueError as error:
-        raise ConfigError(f"--inflate {config.inflate}: {error}") from error
-    return backbone, inflate_checkpoint(checkpoint, backbone) if checkpoint else None, tokenizer
+    if checkpoint is not None and backbone is not small:
+        checkpoint = inflate_checkpoint(checkpoint, backbone)
+    return backbone, checkpoint, tokenizer
 
 
 def _draft(name: str, backbone: Backbone) -> PreTrainedModel:

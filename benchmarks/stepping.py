@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import hardware
-from benchmarks.inflate import inflate, inflate_checkpoint
+from benchmarks.backbones import check_dtype, load_timed
+from benchmarks.inflate import inflate_checkpoint
 from benchmarks.results import write_atomically
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
 from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta
@@ -30,7 +31,6 @@ from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VOCABULARIES = ("shared", "own")
 NUM_HEADS = 4
 ACCURACY = [[0.5 / (k + 1) ** 0.5 * 0.5**rank for rank in range(8)] for k in range(NUM_HEADS)]
@@ -87,8 +87,7 @@ class StepsConfig:
     def __post_init__(self) -> None:
         if not self.heads or not set(self.heads) <= set(VOCABULARIES):
             raise ConfigError(f"--heads lists {' and '.join(VOCABULARIES)}, got {','.join(self.heads)!r}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"--dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_dtype(self.dtype)
         if self.repeats < MIN_REPEATS or self.context < 1:
             raise ConfigError(
                 f"--repeats is at least {MIN_REPEATS} and --context at least 1, got {self.repeats} and {self.context}"
@@ -99,9 +98,8 @@ class StepsConfig:
 
 def time_steps(config: StepsConfig) -> str:
     """Times every shape, writing after each, and returns the Markdown page."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    small, backbone = _load(config, device)
+    small, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
     settings = _settings(backbone, config)
     rows: list[StepRow] = []
     kernels: list[KernelRow] = []
@@ -185,20 +183,6 @@ def _profiled(engine: Engine) -> list[tuple[str, float, float, float]]:
         for name, times in spans.items()
     ]
     return sorted(found, key=lambda each: -each[3])
-
-
-def _load(config: StepsConfig, device: torch.device) -> tuple[Backbone, Backbone]:
-    """The model as it is, and what is timed: itself, or what it was inflated to."""
-    dtype = DTYPES[config.dtype] if config.dtype else None
-    if config.inflate is None:
-        backbone = Backbone.from_pretrained(config.model, dtype=dtype, device=device)
-        return backbone, backbone
-    small = Backbone.from_pretrained(config.model, dtype=torch.float32, device="cpu")
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    try:
-        return small, inflate(small, config.inflate, dtype=dtype, device=device)
-    except ValueError as error:
-        raise ConfigError(f"--inflate {config.inflate}: {error}") from error
 
 
 def _fresh_heads(backbone: Backbone, vocabulary: Any, tokenizer: ChatTokenizer) -> Checkpoint:

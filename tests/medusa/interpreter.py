@@ -89,6 +89,13 @@ def interpreted_results(folder: Path) -> tuple[dict[str, list[int]], str]:
     return _started.pop(folder).finished()
 
 
+def assert_passed(results: tuple[dict[str, list[int]], str], file: str) -> None:
+    counts, output = results
+    passed, failed = counts[file]
+    assert failed == 0, output
+    assert passed > 0, output
+
+
 def end_all() -> None:
     while _started:
         _started.popitem()[1].end()

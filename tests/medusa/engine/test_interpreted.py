@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import FolderRun, files_of, interpreted, interpreted_results, needs_triton
+from tests.medusa.interpreter import FolderRun, assert_passed, files_of, interpreted, interpreted_results, needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 TEAM = Path(__file__).parent / "interpreted_team"  # whose tests start processes of their own
@@ -21,10 +21,7 @@ def results():
 @pytest.mark.timeout(660)
 @pytest.mark.parametrize("file", files_of(FOLDER))
 def test_the_gpus_engine_in_the_interpreter(results, file):
-    counts, output = results
-    passed, failed = counts[file]
-    assert failed == 0, output
-    assert passed > 0, output
+    assert_passed(results, file)
 
 
 @needs_triton

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import ROOT, FolderRun, files_of, interpreted_results, needs_triton
+from tests.medusa.interpreter import ROOT, FolderRun, assert_passed, files_of, interpreted_results, needs_triton
 
 FOLDER = Path(__file__).parent / "interpreted"
 
@@ -23,10 +23,7 @@ def results():
 @pytest.mark.timeout(660)
 @pytest.mark.parametrize("file", files_of(FOLDER))
 def test_kernels_in_the_interpreter(results, file):
-    counts, output = results
-    passed, failed = counts[file]
-    assert failed == 0, output
-    assert passed > 0, output
+    assert_passed(results, file)
 
 
 @pytest.mark.gpu
