@@ -2,8 +2,8 @@
 
 Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as
 rows of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
-log-sum-exp, in their order: of small tiles by the program that arrives last, of larger ones in a second launch. A tree
-of one node is plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
+log-sum-exp, in their order: two by the program that arrives last, more in a second launch. A tree of one node is plain
+decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
 `medusa.kernels.tree_attention`.
 
 Shapes: M flat nodes, B sequences (b owns nodes start_B[b] .. + count_B[b]), H query heads, G key-value heads, D head
@@ -19,9 +19,6 @@ import triton.language as tl
 from medusa.kernels.attention_merge import merge_splits, merge_tile, store_rows
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import await_inputs, options
-
-MERGING_ROWS = 16  # rows of a tile up to which its last program merges the splits itself
-AHEAD_SPLITS = 4  # splits from which a launch is small enough for its keys and values to be fetched into L2 ahead
 
 
 @triton.jit
@@ -46,18 +43,6 @@ def _turned(rows, POSITION, COS, SIN, sc, inside, d, D: tl.constexpr, BD: tl.con
     sin = _load(SIN + angle, inside, d, D, BD).to(tl.float32)
     turned = x.to(tl.float32) * cos + tl.where((d < half)[None, :], -y.to(tl.float32), y.to(tl.float32)) * sin
     return turned.to(x.dtype)
-
-
-@triton.jit
-def prefetch(rows, D: tl.constexpr):
-    """Asks for D contiguous values at each pointer to be brought into L2, without waiting."""
-    line: tl.constexpr = 1024 // rows.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
-    lines: tl.constexpr = (D + line - 1) // line
-    for i in tl.static_range(lines):
-        address = (rows + min(i * line, D - 1)).to(tl.int64)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
 
 
 @triton.jit
@@ -124,7 +109,6 @@ def _attend(
     PAGE: tl.constexpr,
     WHOLE: tl.constexpr,
     MERGES: tl.constexpr,
-    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BT: tl.constexpr,
@@ -160,13 +144,6 @@ def _attend(
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), SPLITS), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)
-    if AHEAD:
-        for t0 in range(low, high, BN):
-            t = t0 + tl.arange(0, BN)
-            page = tl.load(TABLES + row * st + t // PAGE, mask=t < high, other=0).to(tl.int64)
-            at = page * sp + (t % PAGE) * ss + head_kv * sh
-            prefetch(KEYS + at, D)
-            prefetch(VALUES + at, D)
     await_inputs(PDL)
     if tile * BM >= count * GROUP:
         return
@@ -177,10 +154,10 @@ def _attend(
     m = tl.full([BM], -1e30, tl.float32)
     l = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for t0 in range(low, high, BN):
+    for t0 in range(low, high, BN):  # a tile is of one page: one number, so that the loads after it can be pipelined
         t = t0 + tl.arange(0, BN)
         inside = t < high
-        page = tl.load(TABLES + row * st + t // PAGE, mask=inside, other=0).to(tl.int64)
+        page = tl.load(TABLES + row * st + t0 // PAGE).to(tl.int64)
         at = page * sp + (t % PAGE) * ss + head_kv * sh
         k = _load(KEYS + at[:, None] + d[None, :], inside, d, D, BD)
         v = _load(VALUES + at[:, None] + d[None, :], inside, d, D, BD)
@@ -233,17 +210,17 @@ def _attend(
             counter = ARRIVED + tl.program_id(0) * (H // GROUP) + head_kv
             if tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1:  # the last to arrive merges
                 tl.store(counter, 0)
-                merge_tile(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM)
+                merge_tile(PART, LSE, out, flat, head, live, d, num_nodes, SPLITS, H, D, BD, BM, 1)
 
 
-def registers(rows: int, group: int, pdl: bool, whole: bool) -> dict[str, int]:
+def registers(rows: int, group: int, *, merges: bool, pdl: bool) -> dict[str, int]:
     """The launch option that lets small tiles have more registers than the assembler would give them by itself, where
     those are too few. With 168 three programs of 128 threads fit a multiprocessor at once."""
     if rows > 32:
         return {}
     if not pdl or group > 1:
         return {"maxnreg": 255}
-    return {"maxnreg": 168} if rows <= MERGING_ROWS and not whole else {}
+    return {"maxnreg": 168} if rows <= 16 and merges else {}
 
 
 def attend(
@@ -276,12 +253,13 @@ def attend(
     group = heads // groups
     tiles = triton.cdiv(plan.max_nodes * group, plan.rows)
     counters = visible.rows_B.shape[0] * tiles * groups
-    too_many = plan.rows <= MERGING_ROWS and counters > len(scratch.arrived)
+    too_many = plan.merges and counters > len(scratch.arrived)
     if plan.splits > 1 and (plan.splits * num_nodes > len(scratch.part) or too_many):
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
+    if page_size % plan.columns:
+        raise ValueError(f"pages of {page_size} tokens do not hold whole tiles of {plan.columns}")
     keys, values = cache_layer[0], cache_layer[1]
     num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
-    whole, merges = plan.splits == 1, plan.rows <= MERGING_ROWS
     angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
     _attend[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
         query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
@@ -290,13 +268,13 @@ def attend(
         out_MHD.stride(0), out_MHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         visible.tables_RP.stride(0), 0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits,
         tiles, H=heads, GROUP=group, D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words,
-        PAGE=page_size, WHOLE=whole, MERGES=merges, AHEAD=pdl and plan.splits >= AHEAD_SPLITS, BM=plan.rows,
-        BN=plan.columns, BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
+        PAGE=page_size, WHOLE=plan.splits == 1, MERGES=plan.merges, BM=plan.rows, BN=plan.columns,
+        BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, pdl, whole),
+        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, merges=plan.merges, pdl=pdl),
         **options(pdl),
     )  # fmt: skip
-    if not whole and not merges:
+    if plan.splits > 1 and not plan.merges:
         merge_splits(scratch, plan.splits, out_MHD, pdl=pdl)
     return out_MHD

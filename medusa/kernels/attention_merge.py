@@ -36,14 +36,14 @@ def merge_tile(
     D: tl.constexpr,
     BD: tl.constexpr,
     BM: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    """Weighs the splits of a tile by their log-sum-exp; several are read at once, as each read is a trip to L2."""
-    together: tl.constexpr = 64 // BM
+    """Weighs the splits of a tile by their log-sum-exp, TOGETHER of them read at once."""
     peak = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
-    for first in tl.range(0, SPLITS, together):
-        s = first + tl.arange(0, together)
+    for first in tl.range(0, SPLITS, TOGETHER):
+        s = first + tl.arange(0, TOGETHER)
         at = (s[:, None] * num_nodes + flat[None, :]) * H + head[None, :]
         inside = (s < SPLITS)[:, None] & live[None, :]
         lse = tl.load(LSE + at, mask=inside, other=-float("inf"), cache_modifier=".cg")
@@ -79,7 +79,7 @@ def _merge_all(
     flat = tl.program_id(0).to(tl.int64) + tl.zeros([HB], tl.int64)
     out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
     await_inputs(PDL)
-    merge_tile(PART, LSE, out, flat, head, head < H, d, num_nodes, SPLITS, H, D, BD, HB)
+    merge_tile(PART, LSE, out, flat, head, head < H, d, num_nodes, SPLITS, H, D, BD, HB, 64 // HB)
 
 
 def merge_splits(scratch: Scratch, splits: int, out_MHD: torch.Tensor, *, pdl: bool) -> None:

@@ -12,6 +12,7 @@ import triton
 
 MAX_SPLITS = 64
 MAX_ROWS = 64  # query rows of a tile
+PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,12 @@ class AttentionPlan:
     tree_columns: int = 32
     warps: int = 4
     stages: int = 2
+
+    @property
+    def merges(self) -> bool:
+        """Whether the last program of a tile to arrive merges its splits; many are merged by a launch of their own,
+        where more programs share the work."""
+        return self.splits == 2
 
     @classmethod
     def of(
@@ -48,9 +55,11 @@ class AttentionPlan:
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
         wanted = max(1, 2 * processors // (batch_size * num_kv_heads * triton.cdiv(packed, rows)))
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
-        columns, warps = (64, 4) if rows < MAX_ROWS else (32, 4) if splits == 1 else (64, 8)
         tree_columns = 16 if max_nodes <= 16 else 32
-        return cls(splits, rows, columns, max_nodes, tree_columns, warps)
+        if rows == MAX_ROWS:
+            columns, warps = (32, 4) if splits == 1 else (64, 8)
+            return cls(splits, rows, columns, max_nodes, tree_columns, warps)
+        return cls(splits, rows, 64, max_nodes, tree_columns, stages=PIPELINED)
 
 
 @dataclass(frozen=True)

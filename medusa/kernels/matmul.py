@@ -25,7 +25,19 @@ Weight = torch.Tensor | QuantizedWeight
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
 LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
+AHEAD_COLUMNS = 256  # of each row of the weight, fetched while the kernel before ends
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
+
+
+@triton.jit
+def _ask_ahead(rows, W, AHEAD: tl.constexpr):
+    """Asks for the first AHEAD values of each row to be brought into L2, without waiting for them."""
+    if AHEAD > 0:
+        line: tl.constexpr = 1024 // W.dtype.element_ty.primitive_bitwidth  # values in 128 bytes
+        address = (rows[:, None] + tl.arange(0, AHEAD // line)[None, :] * line).to(tl.int64)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @triton.jit
@@ -82,11 +94,13 @@ def _matmul(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     k0 = tl.program_id(2) * PER
+    _ask_ahead(W + n * K + k0, W, AHEAD)
     await_inputs(PDL)
     acc = _tile(X, W, m, n, k0, min(k0 + PER, K), M, N, sx, K, BK, BM, BN, EVEN, PRECISION)
     if W.dtype.element_ty.primitive_bitwidth == 8:
@@ -113,11 +127,14 @@ def _gated(
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """silu(X @ W[:N].T) * (X @ W[N:].T): both halves of a gated MLP, so that neither is written out."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
+    _ask_ahead(W + n * K, W, AHEAD)
+    _ask_ahead(W + N * K + n * K, W, AHEAD)
     await_inputs(PDL)
     k = tl.arange(0, BK)
     gate = tl.zeros([BN, BM], tl.float32)
@@ -177,7 +194,7 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
 def plan_gated(num_rows: int) -> Tiles | None:
     """The same for a gated product."""
     if num_rows <= 16:
-        return Tiles(16, 32, 128, stages=4)
+        return Tiles(16, 32, 128, stages=3)
     return Tiles(64, 64, 64, stages=4) if 32 < num_rows <= 64 else None
 
 
@@ -230,7 +247,8 @@ def matmul(
     _matmul[grid](
         x, values, scale, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
+        PRECISION=_precision(x), AHEAD=_ahead(tiles, even, pdl), PDL=pdl, num_warps=tiles.warps,
+        num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -260,13 +278,18 @@ def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles, *, p
     _gated[grid](
         x, values, scale, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
+        AHEAD=_ahead(tiles, even, pdl), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
 
 def _parts(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
+
+
+def _ahead(tiles: Tiles, even: bool, pdl: bool) -> int:
+    """Columns of the weight to ask for before the inputs are there: with few rows the memory bus is idle then."""
+    return AHEAD_COLUMNS if pdl and even and tiles.rows_x == 16 else 0
 
 
 def _precision(x: torch.Tensor) -> str:

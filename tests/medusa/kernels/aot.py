@@ -27,9 +27,9 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import medusa.kernels
-from medusa.kernels.attention import AHEAD_SPLITS, MERGING_ROWS, registers
+from medusa.kernels.attention import registers
 from medusa.kernels.attention_plan import AttentionPlan
-from medusa.kernels.matmul import Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
+from medusa.kernels.matmul import AHEAD_COLUMNS, Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
 from medusa.quantization import QuantizedWeight
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
@@ -66,7 +66,7 @@ class Case:
         function = kernels()[self.kernel]
         constants = self.constants | ({"PDL": pdl} if "PDL" in function.arg_names else {})
         if "AHEAD" in constants:
-            constants["AHEAD"] = constants["AHEAD"] and pdl  # prefetching goes with dependent launch
+            constants["AHEAD"] = constants["AHEAD"] if pdl else 0  # prefetching goes with dependent launch
         types = TYPES | self.types
         signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
         places = {name: (place,) for place, name in enumerate(function.arg_names)}
@@ -136,6 +136,10 @@ def products() -> list[Case]:
     return list(cases.values())
 
 
+def ahead_of(tiles: Tiles) -> int:
+    return AHEAD_COLUMNS if tiles.rows_x == 16 else 0
+
+
 def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
     types = {name: "*bf16" for name in ("X", "W", "OUT")} | {"BIAS": "*bf16", "N": "i32"}
     shape: dict[str, object] = {"K": size, "BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns}
@@ -144,7 +148,7 @@ def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
         types["OUT"] = "*fp32" if tiles.splits > 1 else "*bf16"
         if not constants["HAS_BIAS"]:
             constants["BIAS"] = None
-    constants = shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32"} | constants
+    constants = shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32", "AHEAD": ahead_of(tiles)} | constants
     return Case(kernel, constants, types, tiles.warps, tiles.stages)
 
 
@@ -186,7 +190,7 @@ def _attention(
     group, whole = model.heads // model.groups, plan.splits == 1
     constants: dict[str, object] = {
         "H": model.heads, "GROUP": group, "D": model.head_size, "BD": model.head_size, "N": 1 if chain else 64, "W": 1,
-        "PAGE": 64, "WHOLE": whole, "MERGES": plan.rows <= MERGING_ROWS, "AHEAD": plan.splits >= AHEAD_SPLITS,
+        "PAGE": 64, "WHOLE": whole, "MERGES": plan.merges,
         "BM": plan.rows, "BN": plan.columns, "BT": plan.tree_columns, "CHAIN": chain, "FRESH": fresh,
         "WINDOW": window, "SOFTCAP": softcap, "PRECISION": "tf32",
     }  # fmt: skip
@@ -281,7 +285,8 @@ def quantized_cases() -> list[Case]:
 
 
 def tile_constants(tiles: Tiles) -> dict[str, object]:
-    return {"BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns, "EVEN": True, "PRECISION": "tf32"}
+    sizes = {"BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns}
+    return sizes | {"EVEN": True, "PRECISION": "tf32", "AHEAD": ahead_of(tiles)}
 
 
 QUANTIZED_CASES = quantized_cases()
@@ -307,7 +312,7 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if case.kernel == "attention._attend":
         rows, group = int(case.constants["BM"]), int(case.constants["GROUP"])
-        options |= registers(rows, group, pdl, bool(case.constants["WHOLE"]))
+        options |= registers(rows, group, merges=bool(case.constants["MERGES"]), pdl=pdl)
     compiled = triton.compile(case.source(pdl), target=GPUTarget("cuda", capability, 32), options=options)
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

@@ -8,12 +8,12 @@ import random
 import pytest
 import torch
 
-from medusa.kernels.attention import MERGING_ROWS, attend
+from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.tree_attention import PagedTree
 
 CPU = torch.device("cpu")
-PAGE_SIZE, WIDTH = 16, 8
+PAGE_SIZE, WIDTH = 32, 8
 NAN = float("nan")
 
 
@@ -25,7 +25,7 @@ class Batch:
         self.counts, self.chain, self.heads, self.size = counts, chain, heads, size
         num_rows, total = len(counts) + 2, sum(counts) + 3
         self.rows = rng.sample(range(num_rows - 1), len(counts))
-        self.length = torch.tensor([rng.choice([0, 1, 5, 17, 30, 33]) for _ in range(num_rows - 1)] + [0])
+        self.length = torch.tensor([rng.choice([0, 1, 5, 17, 33, 70]) for _ in range(num_rows - 1)] + [0])
         pages = 1 + torch.randperm(num_rows * WIDTH, generator=generator)
         self.tables = pages.view(num_rows, WIDTH).int()
         self.depth = torch.zeros(num_rows, room, dtype=torch.int32)
@@ -127,7 +127,7 @@ def test_tiles_of_any_size_and_strided_queries():
     wide = torch.full((len(batch.query), 9, 16), NAN)
     wide[:, :4] = batch.query
     batch.query = wide[:, :4]
-    for rows, columns in [(32, 16), (64, 64), (16, 32)]:
+    for rows, columns in [(32, 16), (64, 32), (16, 32)]:
         torch.testing.assert_close(batch.run(2, rows=rows, columns=columns)[:43], expected[:43], atol=1e-5, rtol=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_plans_stay_within_their_scratch():
                         tiles = -(-max_nodes * heads // groups // plan.rows)
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
                             assert plan.splits * num_nodes <= len(scratch.part)
-                            assert plan.rows > MERGING_ROWS or batch * tiles * groups <= len(scratch.arrived)
+                            assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
 def test_too_little_scratch_is_refused():
