@@ -12,6 +12,7 @@ import triton
 
 MAX_SPLITS = 64
 MAX_ROWS = 64  # query rows of a tile
+UNEVEN = 4  # programs a processor below which whole tiles would leave processors idle at the launch's end
 PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
 
 
@@ -53,8 +54,11 @@ class AttentionPlan:
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
-        wanted = max(1, 2 * processors // (batch_size * num_kv_heads * triton.cdiv(packed, rows)))
+        programs = batch_size * num_kv_heads * triton.cdiv(packed, rows)
+        wanted = max(1, 2 * processors // programs)
         splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+        if splits == 1 and not chain and programs < UNEVEN * processors:
+            splits = 2
         tree_columns = 16 if max_nodes <= 16 else 32
         if rows == MAX_ROWS:
             columns, warps = (32, 4) if splits == 1 else (64, 8)
@@ -99,10 +103,11 @@ class Scratch:
     @classmethod
     def of(cls, *, heads: int, size: int, processors: int, device: torch.device) -> Scratch:
         """For plans made by `AttentionPlan.of`, over fewer than twice as many nodes as its sequences may bring: splits
-        times tiles come to twice the processors at most, and a tile is MAX_ROWS rows of one key-value head."""
-        rows = max(2 * MAX_SPLITS, 4 * processors * MAX_ROWS // heads)
+        times tiles come to twice the processors at most, of MAX_ROWS rows of one key-value head, or to 2 * UNEVEN times
+        the processors, of half as many rows."""
+        rows = max(2 * MAX_SPLITS, 2 * UNEVEN * processors * MAX_ROWS // heads)
         return cls(
             part=torch.empty(rows, heads, size, dtype=torch.float32, device=device),
             lse=torch.empty(rows, heads, dtype=torch.float32, device=device),
-            arrived=torch.zeros(1024 * processors, dtype=torch.int32, device=device),
+            arrived=torch.zeros(4096 * processors, dtype=torch.int32, device=device),
         )
