@@ -109,7 +109,8 @@ class StepLoop:
         return tokens
 
     def _take(self, sequence: Sequence, tree: TokenTree | None, tokens: StepTokens) -> Output:
-        output = sequence.append(tokens.token_ids, tokens.logprobs, decoded=tree is not None)
+        num_drafted = tree.num_nodes - 1 if tree is not None else 0
+        output = sequence.append(tokens.token_ids, tokens.logprobs, decoded=tree is not None, num_drafted=num_drafted)
         sequence.least_ahead -= 1
         if tree is not None:
             sequence.most_ahead -= tree.max_depth + 1

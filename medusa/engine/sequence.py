@@ -31,6 +31,7 @@ class TokenLogprob:
 class Completion:
     """A finished reply. `token_ids` includes the EOS that ended it. `accepted_per_step` counts, for each decode step,
     the tokens that it added and that were kept: 1 is plain decoding's. The prefill's token belongs to no step.
+    `num_drafted` are the guesses that those steps checked.
     `prompt_logprobs` begin with the prompt's second token: nothing precedes the first."""
 
     request_id: str
@@ -43,6 +44,7 @@ class Completion:
     accepted_per_step: list[int]
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    num_drafted: int = 0
 
     @property
     def num_steps(self) -> int:
@@ -101,6 +103,7 @@ class Sequence:
         self.num_cached = self.least_ahead = self.most_ahead = 0
         self.output_ids: list[int] = []
         self.accepted_per_step: list[int] = []
+        self.num_drafted = 0
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
         self.acceptance = Acceptance()
@@ -170,14 +173,23 @@ class Sequence:
         self.row = -1
         self.num_cached = self.least_ahead = self.most_ahead = 0
 
-    def append(self, token_ids: Tokens[int], logprobs: Tokens[TokenLogprob] = (), *, decoded: bool = True) -> Output:
+    def append(
+        self,
+        token_ids: Tokens[int],
+        logprobs: Tokens[TokenLogprob] = (),
+        *,
+        decoded: bool = True,
+        num_drafted: int = 0,
+    ) -> Output:
         """Takes a step's tokens up to the first that ends the reply; what follows is dropped everywhere alike.
 
-        `decoded` is False for the prefill's token, which no decode step counts.
+        `decoded` is False for the prefill's token, which no decode step counts; `num_drafted` are the guesses
+        that the step checked.
         """
         is_first = not self.output_ids
         kept = self._take_with_stops(token_ids) if self.params.stop else self._take(token_ids)
         self.logprobs.extend(logprobs[: len(kept)])
+        self.num_drafted += num_drafted
         if decoded:
             self.accepted_per_step.append(len(kept))
         return Output(
@@ -210,6 +222,7 @@ class Sequence:
             accepted_per_step=list(self.accepted_per_step),
             logprobs=list(self.logprobs) if self.params.logprobs is not None else None,
             prompt_logprobs=self._given_prompt_logprobs(),
+            num_drafted=self.num_drafted,
         )
 
     def _given_prompt_logprobs(self) -> list[TokenLogprob] | None:

@@ -95,7 +95,7 @@ class ScriptedEngine:
         ids = [self.script[(done + i) % len(self.script)] for i in range(width)]
         top = sequence.params.logprobs or 0
         logprobs = [TokenLogprob(t, -0.25, [(t, -0.25), (0, float("-inf"))][:top]) for t in ids]
-        output = sequence.append(ids, logprobs, decoded=done > 0)
+        output = sequence.append(ids, logprobs, decoded=done > 0, num_drafted=width - 1)
         self._accepted += output.num_draft_accepted
         return output
 
