@@ -45,6 +45,9 @@ def serve(
     max_queued: Annotated[int, typer.Option(help="Replies that may wait; more are answered 429.")] = 256,
     api_key_file: Annotated[str | None, typer.Option(help="Hashes of the keys that are let in, one a line.")] = None,
     log_requests: Annotated[bool, typer.Option("--log-requests", help="A JSON line for every request.")] = False,
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(help="Where OpenTelemetry traces go: http://COLLECTOR:4318/v1/traces.")
+    ] = None,
     without_ray: Annotated[bool, typer.Option("--without-ray", help="One process, no Ray Serve.")] = False,
     new_api_key: Annotated[bool, typer.Option("--new-api-key", help="Draw a key, print it and its hash.")] = False,
 ) -> None:
@@ -73,6 +76,7 @@ def serve(
         max_queued_requests=max_queued,
         api_key_file=api_key_file,
         log_requests=log_requests,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         host=host,
         port=port,
     )

@@ -30,6 +30,7 @@ from deployments.tokenization import (
     describe,
 )
 from deployments.tool_calls import ToolNotation
+from deployments.tracing import DescribeSpans, Tracing
 from deployments.transport import StrictJsonRoute
 from medusa import __version__
 from medusa.tokenizer import ChatTokenizer
@@ -59,9 +60,10 @@ def build_api(
     api_key_hashes: Sequence[str] = (),
     tool_notation: ToolNotation | None = None,
     send_request_id: bool = True,
+    tracing: Tracing | None = None,
 ) -> FastAPI:
     """`served` says at /version what runs (the backbone and its digest). With `api_key_hashes` (hex sha256) a request
-    needs one of those keys."""
+    needs one of those keys. With `tracing` each request for replies leaves a span."""
     settings = ServiceSettings(
         model_name=model_name,
         served=served or {},
@@ -76,11 +78,14 @@ def build_api(
         redoc_url=None,
         redirect_slashes=False,
         strict_content_type=False,
+        telemetry=tracing.telemetry if tracing else None,
     )
     api.router.route_class = StrictJsonRoute
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     api.add_middleware(Authenticate, hashes=api_key_hashes)
     api.add_middleware(RequestIds, send_header=send_request_id, metrics=engine.metrics)
+    if tracing:
+        api.add_middleware(DescribeSpans, model_name=model_name)
     errors.install(api)
     _add_generation(api, service)
     _add_models(api, service)

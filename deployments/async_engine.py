@@ -280,7 +280,7 @@ class AsyncEngine:
                 self._handover.post([(stream, ValueError(f"{where}{error}"))])
                 return
             stream.request_ids.append(request_id)
-            record = RequestRecord(submitted, len(prompt))
+            record = RequestRecord(submitted, len(prompt), stream.timing)
             self._requests[request_id] = _Request(stream, index, params.n, record)
         self._handover.post([(stream, None)])
 

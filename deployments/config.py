@@ -10,6 +10,7 @@ import torch
 
 from deployments.auth import check_hashes, read_hashes
 from deployments.sampling_log import SamplingConfig
+from deployments.tracing import check_endpoint
 from medusa import Typical
 from medusa.config import ConfigError, strict
 from medusa.quantization import Quantization
@@ -78,6 +79,7 @@ class ServerConfig:
     merge_chunks_s: float = 0.02  # under load the chunks of a stream wait so long for more; 0 sends each at once
     sampling: SamplingConfig | None = None  # keeps a share of the prompts, with the users' consent; None keeps nothing
     log_requests: bool = False  # a JSON line for every request, not only for those that fail or are refused
+    otlp_traces_endpoint: str | None = None  # the URL that takes traces: a span for each request; None makes none
     # the deployment
     host: str = "127.0.0.1"
     port: int = 8000
@@ -119,6 +121,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         self._check_tensor_parallel()
         check_hashes(self.api_key_hashes, "api_key_hashes")
+        if self.otlp_traces_endpoint is not None:
+            check_endpoint(self.otlp_traces_endpoint)
 
     def _check_tensor_parallel(self) -> None:
         count = self.tensor_parallel

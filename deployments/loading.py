@@ -16,6 +16,7 @@ from deployments.handover import Pace
 from deployments.heads_slot import HeadsSlot, verified
 from deployments.metrics import Metrics
 from deployments.sampling_log import SampleRequests, SamplingLog
+from deployments.tracing import Tracing
 from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError
 
@@ -24,17 +25,21 @@ SWITCH_INTERVAL_S = 0.001  # Python's own is five times that
 
 @dataclass(frozen=True)
 class LoadedService:
-    """A running engine, the API over it, the slot that takes new heads, and what keeps prompts, where asked for."""
+    """A running engine, the API over it, the slot that takes new heads, and, where asked for, what keeps prompts and
+    what exports traces."""
 
     engine: AsyncEngine
     api: FastAPI
     heads: HeadsSlot
     samples: SamplingLog | None = None
+    tracing: Tracing | None = None
 
     def close(self) -> None:
         self.engine.close()
         if self.samples is not None:
             self.samples.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
 
 def load_engine(config: ServerConfig) -> Engine:
@@ -49,6 +54,8 @@ def load_service(
     load: Callable[[ServerConfig], Engine] = load_engine,
 ) -> LoadedService:
     """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
+    endpoint = config.otlp_traces_endpoint
+    tracing = Tracing(endpoint, replica=replica) if endpoint else None  # first: it may be asked for in vain
     heads = verified(config.heads_config)
     engine = load(config)
     if config.backbone_digest not in (None, engine.backbone.digest):
@@ -81,11 +88,12 @@ def load_service(
         tool_notation=config.tool_notation,
         api_key_hashes=config.all_key_hashes(),
         send_request_id=send_request_id,
+        tracing=tracing,
     )
     samples = SamplingLog(config.sampling, replica) if config.sampling else None
     if samples is not None:
         api.add_middleware(SampleRequests, log=samples)
-    return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples)
+    return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples, tracing)
 
 
 def settle_process() -> None:

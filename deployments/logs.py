@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
-LOGGERS = ("deployments", "medusa")
+LOGGERS = ("deployments", "medusa", "opentelemetry")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 

@@ -18,12 +18,31 @@ class StepSpan:
     after: EngineStats
 
 
-class RequestRecord:
-    """The life of one prompt's n replies. The prefill's token begins a reply; every later output is a decode step's."""
+@dataclass
+class Timing:
+    """Of one submission, in seconds since it: when the step of its first token began and ended, and when the latest of
+    its replies ended. The engine's thread writes each before it hands over the output that it is about."""
 
-    def __init__(self, submitted: float, prompt_tokens: int) -> None:
+    waited_s: float | None = None
+    first_token_s: float | None = None
+    ended_s: float | None = None
+
+    def began(self, waited_s: float, first_token_s: float) -> None:
+        """One of its prompts; the first counts."""
+        if self.first_token_s is None:
+            self.waited_s, self.first_token_s = waited_s, first_token_s
+
+
+class RequestRecord:
+    """The life of one prompt's n replies. The prefill's token begins a reply; every later output is a decode step's.
+
+    `timing` is that of the submission, which may have more prompts.
+    """
+
+    def __init__(self, submitted: float, prompt_tokens: int, timing: Timing) -> None:
         self.prompt_tokens = prompt_tokens
         self._submitted = submitted
+        self._timing = timing
         self._last: dict[int, float] = {}  # by reply: when its latest tokens came
 
     @property
@@ -36,11 +55,9 @@ class RequestRecord:
         count = len(output.token_ids)
         if last is None:
             if not self.has_begun:
-                metrics.began(
-                    waited_s=max(0.0, step.started - self._submitted),
-                    first_token_s=step.ended - self._submitted,
-                    prompt_tokens=self.prompt_tokens,
-                )
+                waited_s, first_token_s = max(0.0, step.started - self._submitted), step.ended - self._submitted
+                self._timing.began(waited_s, first_token_s)
+                metrics.began(waited_s=waited_s, first_token_s=first_token_s, prompt_tokens=self.prompt_tokens)
         elif count:
             tokens.seconds_each.append((step.ended - last) / count)
             tokens.drafted(output.num_draft_accepted)
@@ -48,4 +65,5 @@ class RequestRecord:
         if count:
             self._last[output.index] = step.ended
         if output.finished is not None:
-            metrics.finished(output.finished, step.ended - self._submitted)
+            self._timing.ended_s = step.ended - self._submitted
+            metrics.finished(output.finished, self._timing.ended_s)

@@ -21,6 +21,7 @@ from deployments.autoscaling import autoscaling_options, load_of
 from deployments.config import HeadsConfig, ServerConfig
 from deployments.loading import LoadedService, load_service, settle_process
 from deployments.metrics import RayMirror
+from deployments.tracing import exporter_class
 from medusa.config import to_dict, validate
 
 # A full replica refuses by itself, at once and in OpenAI's shape. Serve's own limits only bound what is on its way:
@@ -96,6 +97,8 @@ class LateApp:
 def build_app(args: Mapping[str, Any] | ServerConfig) -> serve.Application:
     """The Serve application of a config; raises ConfigError for args that are none."""
     config = args if isinstance(args, ServerConfig) else validate(ServerConfig, args, source="args")
+    if config.otlp_traces_endpoint:
+        exporter_class()  # where it is missing, here rather than in every replica
     config = _placed(config)
     return MedusaServer.options(**_deployment_options(config)).bind(to_dict(config))
 

@@ -25,6 +25,7 @@ from deployments.tally import Tally
 from deployments.token_texts import TokenTexts
 from deployments.tokenization import DetokenizeRequest, TokenizeRequest, TokenizeResponse, tokenize
 from deployments.tool_calls import ToolNotation, call_grammar, reader_for
+from deployments.tracing import Answered
 from deployments.transport import CLIENT_GONE, JSON_HEADERS, EventStream, event, unless_disconnected
 from medusa import Completion, Grammar, Output, SamplingParams
 from medusa.tokenizer import ChatTokenizer
@@ -159,6 +160,7 @@ class Service:
             raise errors.from_engine(error, param=param) from error
         log = request.scope["state"].setdefault("log", {})
         tally = Tally(sum(map(len, prompts)), stream.heads, log)
+        request.scope["state"]["answered"] = Answered(params, stream, tally)
         reply = make_reply(self._head("chatcmpl" if param == "messages" else "cmpl", request, stream.heads))
         if body.stream:
             events = self._events(body, reply, stream, tally, params.n, deadline)

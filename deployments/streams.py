@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from deployments.admission import Demand
+from deployments.recorder import Timing
 from medusa import Output
 
 Item = tuple[int, Output] | Exception | None  # the first of a stream is None: its prompts were taken
@@ -41,6 +42,8 @@ class Stream:
         self.demand = demand
         self.request_ids: list[str] = []  # the engine's thread writes these two, before it accepts
         self.heads = HeadsVersion()
+        self.timing = Timing()
+        self.failure: Exception | None = None  # what reading it raised
         self._unfinished = demand.replies
         self._items: deque[Item] = deque()
         self._reader: asyncio.Future[None] | None = None  # while it waits
@@ -51,6 +54,11 @@ class Stream:
     @property
     def is_finished(self) -> bool:
         return self._unfinished == 0
+
+    @property
+    def num_unfinished(self) -> int:
+        """Replies whose end has not been read."""
+        return self._unfinished
 
     def __aiter__(self) -> Stream:
         return self
@@ -108,6 +116,7 @@ class Stream:
         await self._filled()
         item = self._items.popleft()
         if isinstance(item, Exception):
+            self.failure = item
             self.close()
             raise item
         return item

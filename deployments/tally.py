@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 from deployments.answers import MedusaUsage, Usage
@@ -35,6 +35,15 @@ class Tally:
             self._decoded[choice] = (sum(end.accepted_per_step), end.num_steps)
             self._finished.append(end)
 
+    @property
+    def completion_tokens(self) -> int:
+        return sum(self._tokens.values())
+
+    @property
+    def finished(self) -> Sequence[Completion]:
+        """The replies that have ended, in that order."""
+        return self._finished
+
     def so_far(self) -> Usage:
         tokens, steps = (sum(column) for column in zip(*self._decoded.values(), strict=True))
         return self._usage(tokens, steps)
@@ -54,11 +63,10 @@ class Tally:
         return usage
 
     def _usage(self, decoded: int, steps: int) -> Usage:
-        completion_tokens = sum(self._tokens.values())
         return Usage(
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self.prompt_tokens + completion_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
             medusa=MedusaUsage(
                 steps=steps,
                 accepted_tokens=decoded,

@@ -35,7 +35,7 @@ COPY pipelines ./pipelines
 COPY deployments ./deployments
 COPY benchmarks ./benchmarks
 COPY cli ./cli
-RUN pip install --constraint constraints.txt ".[cluster,grammar]"
+RUN pip install --constraint constraints.txt ".[cluster,grammar,tracing]"
 COPY models ./models
 
 USER 1000:1000

@@ -34,7 +34,7 @@ COPY pipelines ./pipelines
 COPY deployments ./deployments
 COPY benchmarks ./benchmarks
 COPY cli ./cli
-RUN pip install --constraint constraints.txt ".[cluster,gpu,grammar]"
+RUN pip install --constraint constraints.txt ".[cluster,gpu,grammar,tracing]"
 COPY models ./models
 
 USER 1000:1000
