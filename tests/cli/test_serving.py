@@ -32,12 +32,18 @@ def test_options_reach_the_service(monkeypatch, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text(hash_of("k"))
     options = ["--without-ray", "--port", "8123", "--max-queued", "7", "--speculation", "off", "--log-requests"]
-    options += ["--tensor-parallel", "2"]
+    options += ["--tensor-parallel", "2", "--otlp-traces-endpoint", "http://collector:4318/v1/traces"]
     assert run(monkeypatch, "serve", *options, "--api-key-file", str(keys)) == 0
     (config,) = served
     assert (config.port, config.max_queued_requests, config.speculation, config.log_requests) == (8123, 7, "off", True)
     assert config.tensor_parallel == config.engine_arguments()["tensor_parallel"] == 2
+    assert config.otlp_traces_endpoint == "http://collector:4318/v1/traces"
     assert config.all_key_hashes() == (hash_of("k"),)
+
+
+def test_traces_to_what_is_no_url_are_bad_usage(monkeypatch, capsys):
+    assert run(monkeypatch, "serve", "--without-ray", "--otlp-traces-endpoint", "collector:4317") == 2
+    assert "such as http://collector:4318/v1/traces" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

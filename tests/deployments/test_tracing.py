@@ -290,6 +290,17 @@ def test_a_client_that_leaves_makes_an_error_of_its_span(scripted_url, collector
     assert told["gen_ai.usage.completion_tokens"] > 0
 
 
+def test_a_client_that_leaves_before_a_whole_answer_is_told_by_its_status(scripted_url, collector, scripted):
+    scripted.pause_after = 3
+    body, headers = {"prompt": "x", "max_tokens": 200}, {"X-Request-ID": "gone"}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{scripted_url}/v1/completions", json=body, headers=headers, timeout=0.3)
+    span = collector.find("gone")
+    told = attributes_of(span)
+    assert (span.status.code, told["error.type"]) == (Status.STATUS_CODE_ERROR, "499")
+    assert told["gen_ai.response.finish_reasons"] == ["abort"]
+
+
 def test_an_exception_that_nobody_caught_is_an_error_without_its_text(scripted_url, collector, scripted, monkeypatch):
     monkeypatch.setattr("deployments.service.Service.complete", lambda *_: 1 / 0)
     headers = {"X-Request-ID": "broken"}

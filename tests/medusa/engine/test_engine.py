@@ -349,6 +349,7 @@ def test_stats_count_drafts_and_tokens_in_line(prepared, engine):
     after = engine.stats()
     steps = [count for c in completions for count in c.accepted_per_step]
     assert after.drafted_tokens - before.drafted_tokens == len(steps) * (TREE.num_nodes - 1)
+    assert [c.num_drafted for c in completions] == [c.num_steps * (TREE.num_nodes - 1) for c in completions]
     assert after.accepted_tokens - before.accepted_tokens == sum(steps) - len(steps) > 0
     for name, prompt in enumerate(prepared.prompts * 2):
         engine.add(prompt, greedy(max_tokens=20), request_id=str(name))
