@@ -31,7 +31,6 @@ from medusa.engine.step_times import StepTimes
 from medusa.engine.watched import WatchedRunner
 from medusa.grammar import Grammars
 from medusa.growth import grown_tree
-from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 from medusa.quantization import Quantization
 from medusa.sampling import MAX_SEED, SamplingParams
@@ -329,10 +328,9 @@ class Engine:
         self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, self.tokenizer)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
-        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere and for heads that the graphs do not know."""
+        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
         limits = self._limits
-        parallel = self.checkpoint is None or isinstance(self.checkpoint.heads, MedusaHeads)
-        if self.backbone.device.type != "cuda" or not parallel:
+        if self.backbone.device.type != "cuda":
             return Runner(
                 self.backbone,
                 self.checkpoint,

@@ -1,4 +1,4 @@
-"""The heads of a GPU step: guesses from one row a sequence, in as few products as the heads allow.
+"""Medusa heads of a GPU step: guesses from one row a sequence, in as few products as the heads allow.
 
 The first blocks of all heads see the same hidden state, so they are one product; a shared vocabulary matrix is read
 once for all heads. Shapes: B sequences, K heads, S guesses a head, d hidden size, V vocabulary of the heads.
@@ -12,21 +12,15 @@ from torch.nn import functional
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
-from medusa.kernels.topk import MAX_WIDTH, scratch, topk
+from medusa.kernels.state import Drafts, RowState, Trees
+from medusa.kernels.topk import scratch, topk
 from medusa.model import Backbone
 
 
 class GpuHeads:
-    """`heads` over static buffers for batches of up to `max_batch_size`. The plain twin is `MedusaHeads.guess`."""
+    """A GpuDrafter over static buffers for batches of up to `max_batch_size`. The plain twin is `MedusaHeads.guess`."""
 
-    def __init__(self, heads: DraftHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
-        if not isinstance(heads, MedusaHeads):
-            raise TypeError(f"a GPU step guesses by Medusa heads, not by {type(heads).__name__}")
-        if width > MAX_WIDTH:
-            raise ValueError(
-                f"a tree takes guess {width - 1} of a head, but a GPU step has guesses 0 to {MAX_WIDTH - 1}; calibrate "
-                "narrower trees"
-            )
+    def __init__(self, heads: MedusaHeads, backbone: Backbone, *, max_batch_size: int, width: int) -> None:
         config, device = heads.config, backbone.device
         self._heads, self._backbone = heads, backbone
         self._first_weight, self._first_bias = _joined_blocks(heads)
@@ -37,12 +31,12 @@ class GpuHeads:
         self._token_map = heads.token_map if config.vocabulary == "truncated" else None
 
     def take(self, heads: DraftHeads) -> DraftHeads:
-        """Copies the weights of heads of the same shape into those in use, which it returns."""
+        """As GpuDrafter.take."""
         self._heads.load_state_dict(heads.state_dict())
         return self._heads
 
-    def guess(self, hidden_Bd: torch.Tensor, rows_B: torch.Tensor, guesses_RKS: torch.Tensor) -> None:
-        """Writes all heads' best guesses into the sequences' rows."""
+    def remember(self, hidden_Bd: torch.Tensor, rows_B: torch.Tensor, state: RowState) -> None:
+        """As GpuDrafter.remember: writes all heads' best guesses into the sequences' rows."""
         batch, config = len(hidden_Bd), self._heads.config
         features_BKd = self._features(hidden_Bd)
         logits_BKV = self._logits_BKV[:batch]
@@ -54,7 +48,10 @@ class GpuHeads:
                 weight = self._heads.vocabulary_weight(head, self._backbone.lm_head_weight)
                 product(features_BKd[:, head], weight, logits_BKV[:, head], pdl=self._pdl)
         pairs = self._pairs[: batch * config.num_heads]
-        topk(self._backbone.cap(logits_BKV), rows_B, guesses_RKS, pairs, token_map=self._token_map)
+        topk(self._backbone.cap(logits_BKV), rows_B, state.guesses_RKS, pairs, token_map=self._token_map)
+
+    def propose(self, drafts: Drafts, trees: Trees, state: RowState) -> None:
+        """As GpuDrafter.propose: the guesses were in the state."""
 
     def _features(self, hidden_Bd: torch.Tensor) -> torch.Tensor:
         config = self._heads.config

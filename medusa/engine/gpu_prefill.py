@@ -114,8 +114,8 @@ class Prefill:
         wanted = [chunk.gives_token for chunk in chunks]
         changed_LV = self._host_work.change_first(sequences, wanted, logits_LV, buffers.drafts.tokens_M)
         self._step.accept(buffers, changed_LV)
-        if guesses and self._step.heads is not None:
-            self._step.guess(hidden_Ld, buffers.rows_B)
+        if guesses and self._step.drafter is not None:
+            self._step.remember(hidden_Ld, buffers.rows_B)
         else:
             self._step.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)  # an assignment waits for the GPU
         emission = Emission.of(buffers.emitted, len(chunks))

@@ -1,7 +1,7 @@
 """What one decoding step does on a GPU, from draft tokens to the next guesses, without ever asking the host.
 
-    draft -> decoder -> logits | -> sample -> walk -> compact -> heads
-           `forward`           |            `decide`
+    draft -> (Hydra heads ->) decoder -> logits | -> sample -> walk -> compact (-> Medusa heads)
+                   `forward`                    |                   `decide`
 
 Everything reads and writes buffers that stay where they are, so that both halves can be held in CUDA graphs, together
 or apart: apart where the host changes logits in between.
@@ -17,7 +17,7 @@ import torch
 
 from medusa.checkpoint import Checkpoint
 from medusa.decoding import Typical
-from medusa.engine.gpu_heads import GpuHeads
+from medusa.engine.gpu_drafter import make_gpu_drafter
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.layers import Layers
 from medusa.engine.messages import MakeStep, StepSizes
@@ -82,8 +82,8 @@ class GpuStep:
         self.vocab_size = backbone.vocab_size
         self.state = RowState.empty(max_batch_size + 1, num_heads, guess_width, NUM_STOP_IDS, device)
         self.trees = Trees.roots(max_batch_size + 1, room, num_heads, device)
-        self.heads = (
-            GpuHeads(checkpoint.heads, backbone, max_batch_size=max_batch_size, width=guess_width)
+        self.drafter = (
+            make_gpu_drafter(checkpoint.heads, backbone, num_rows=self.state.num_rows, width=guess_width)
             if checkpoint
             else None
         )
@@ -133,6 +133,8 @@ class GpuStep:
         """Drafts, decodes, and leaves logits; returns hidden states [M, d] for `decide`."""
         buffers, drafts = self.buffers(shape), self.buffers(shape).drafts
         draft(buffers.rows_B, buffers.count_B, self.trees, self.state, drafts, pdl=False)
+        if self.drafter is not None and shape.max_nodes > 1:
+            self.drafter.propose(drafts, self.trees, self.state)
         visible = Visible(
             buffers.rows_B, drafts.start_B, buffers.count_B, self.state.length_R, self._cache.tables,
             self.trees.bits_RNW, self.trees.depth_RN,
@@ -160,9 +162,9 @@ class GpuStep:
         self.accept(buffers, logits_MV)
         if shape.moves:
             self._move(buffers)
-        if shape.guesses and self.heads is not None:
+        if shape.guesses and self.drafter is not None:
             last_hidden_Bd = hidden_Md.index_select(0, buffers.emitted.last_B)
-            self.guess(last_hidden_Bd, buffers.rows_B)
+            self.remember(last_hidden_Bd, buffers.rows_B)
         else:
             self.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)
 
@@ -191,8 +193,8 @@ class GpuStep:
             buffers.emitted, pdl=False,
         )  # fmt: skip
 
-    def guess(self, last_hidden_Bd: torch.Tensor, rows_B: torch.Tensor) -> None:
-        """All heads guess after the sequences' last tokens."""
-        assert self.heads is not None
-        self.heads.guess(last_hidden_Bd, rows_B, self.state.guesses_RKS)
+    def remember(self, last_hidden_Bd: torch.Tensor, rows_B: torch.Tensor) -> None:
+        """All heads guess after the sequences' last tokens, now or when the next step's trees are known."""
+        assert self.drafter is not None
+        self.drafter.remember(last_hidden_Bd, rows_B, self.state)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])

@@ -107,9 +107,9 @@ class GraphRunner:
     @torch.no_grad()
     def take_heads(self, heads: DraftHeads, growth: Items[Path]) -> DraftHeads:
         """As StepRunner.take_heads; the graphs read the weights where they are."""
-        assert self._step.heads is not None
+        assert self._step.drafter is not None
         self._trees.regrow(growth)
-        return self._step.heads.take(heads)
+        return self._step.drafter.take(heads)
 
     @torch.inference_mode()
     def rewind(self, sequences: Items[Sequence], length: int) -> None:
@@ -119,7 +119,7 @@ class GraphRunner:
         state.length_R[rows] = length
         state.live_R[rows] = 1
         state.remaining_R[rows] = 1 << 30
-        state.num_guessed_R[rows] = state.guesses_RKS.shape[1] if self._step.heads else 0
+        state.num_guessed_R[rows] = state.guesses_RKS.shape[1] if self._step.drafter else 0
 
     def release(self) -> None:
         """Lets go of the graphs; it takes no more steps."""

@@ -22,7 +22,7 @@ MAX_WIDTH = 32
 def scratch(batch: int, num_heads: int, width: int, vocab_size: int, device: torch.device) -> torch.Tensor:
     """Room for the pairs between the two launches, [B * K, X, S]."""
     shape = (batch * num_heads, triton.cdiv(vocab_size, BLOCK), width)
-    return torch.zeros(*shape, dtype=torch.int64, device=device)
+    return torch.empty(*shape, dtype=torch.int64, device=device)
 
 
 @triton.jit
