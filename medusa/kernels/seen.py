@@ -106,11 +106,3 @@ def add_silu(
         partial_SCd, bias_d, residual_Cd, out_Cd, partial_SCd.stride(0), partial_SCd.stride(1), residual_Cd.stride(0),
         D=size, S=splits, BD=block, PDL=pdl, num_warps=8 if block >= 2048 else 4, **options(pdl),
     )  # fmt: skip
-
-
-def add_silu_reference(
-    partial_SCd: torch.Tensor, bias_d: torch.Tensor, residual_Cd: torch.Tensor
-) -> torch.Tensor:  # fmt: skip
-    """The same in torch."""
-    added_Cd = (partial_SCd.float().sum(0) + bias_d.float()).to(residual_Cd.dtype)
-    return residual_Cd + torch.nn.functional.silu(added_Cd)

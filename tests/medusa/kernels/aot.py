@@ -37,8 +37,8 @@ ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}
 # Types by argument name, shared by the kernels; Case.types overrides. The rest are constexpr (given in `constants`).
 POINTERS = {
     "*i32": "ROWS COUNT DEPTH RANK NUM_GUESSED LIVE ROW NODE VALID START MIN_TOKENS NUM_OUTPUT TOP_K REMAINING PARENT "
-    "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT ARRIVED",
-    "*i64": "ROOT GUESSES LENGTH TOKENS POSITION STOP SEED CHOICE BEST SAMPLED SAMPLES OUT PAIRS TOKEN_MAP BITS",
+    "CUT_TOKEN PATH NUM LAST FINISHED TABLES EXACT ARRIVED ASKED SLOT",
+    "*i64": "ROOT GUESSES LENGTH TOKENS POSITION STOP SEED CHOICE BEST SAMPLED SAMPLES OUT PAIRS TOKEN_MAP BITS AHEAD",
     "*fp32": "SCALE TEMPERATURE TOP_P MIN_P CUT_VALUE SCORE",
     "*u8": "KEPT",
 }
@@ -47,7 +47,9 @@ STRIDES = {"plane": "i64"} | dict.fromkeys(
     + ["sq_m", "sq_h", "so_m", "so_h"],
     "i32",
 )
-SIZES = dict.fromkeys(["B", "M", "R", "X", "V", "P", "N", "window", "num_nodes", "st", "SPLITS", "TILES"], "i32")
+SIZES = dict.fromkeys(
+    ["A", "B", "C", "M", "R", "X", "V", "P", "N", "window", "num_nodes", "st", "SPLITS", "TILES"], "i32"
+)
 SCALARS = dict.fromkeys(["eps", "scaling", "softcap"], "fp32")
 TYPES = SIZES | SCALARS | STRIDES | {name: kind for kind, names in POINTERS.items() for name in names.split()}
 
@@ -255,6 +257,30 @@ CASES: list[Case] = [
         )
     ),
     *over("compact._compact", types={"CACHE": "*bf16"}, D=9, BD=16, PAGE=64, SIZE=4096, BLOCK=512, num_warps=8),
+    *over("path._plan_paths", N=64, BN=64, BLOCK=32),
+    *over("path._plan_paths", N=192, BN=256, BLOCK=32),
+    *over("path._read_paths", N=64, S=10, HEAD=[0, 1, 4], BLOCK=32, num_warps=1),
+    *over("path._take_guesses", N=64, S=10, BLOCK=32, num_warps=1),
+    *over(
+        "seen._see",
+        types=dict.fromkeys(("HIDDEN", "EMBEDDED", "SEEN"), "*bf16"),
+        J=[1, 5],
+        D=6656,
+        BD=8192,
+        num_warps=8,
+    ),
+    *(
+        case
+        for splits, kind in ((1, "*bf16"), (2, "*fp32"), (4, "*fp32"))
+        for case in over(
+            "seen._add_silu",
+            types=dict.fromkeys(("BIAS", "RESIDUAL", "OUT"), "*bf16") | {"PARTIAL": kind},
+            D=6656,
+            S=splits,
+            BD=8192,
+            num_warps=8,
+        )
+    ),
     *products(),
     *attentions(),
     *small_kernels(),

@@ -34,6 +34,8 @@ LAUNCHES = {
     "norm": ["add_norm"],
     "rope": ["rope_write"],
     "gate": ["silu_mul"],
+    "path": ["plan_paths", "read_paths", "take_guesses"],
+    "seen": ["see", "add_silu"],
 }
 
 
