@@ -18,6 +18,7 @@ from medusa.kernels.launch import await_inputs, options
 from medusa.kernels.state import Drafts, RowState, Trees
 
 BLOCK = 32
+PLANNED = 8192  # comparisons of nodes with nodes of their trees that a program makes at a time
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def plan_paths(drafts: Drafts, trees: Trees, paths: Paths, *, pdl: bool = False)
     """Writes all of `asked_KA`, and `slot_M` of the asked nodes. A head is asked for the valid nodes of `drafts`."""
     num_nodes = trees.parent_RN.shape[1]
     heads, room = paths.asked_KA.shape
+    padded = triton.next_power_of_2(num_nodes)
+    block = min(max(BLOCK, PLANNED // padded), max(BLOCK, triton.next_power_of_2(drafts.num_nodes)))
     check("slot_M", paths.slot_M, torch.int32, drafts.num_nodes)
     _plan_paths[(heads,)](
         drafts.row_M,
@@ -180,10 +183,10 @@ def plan_paths(drafts: Drafts, trees: Trees, paths: Paths, *, pdl: bool = False)
         drafts.num_nodes,
         room,
         N=num_nodes,
-        BN=triton.next_power_of_2(num_nodes),
-        BLOCK=BLOCK,
+        BN=padded,
+        BLOCK=block,
         PDL=pdl,
-        num_warps=4,
+        num_warps=4 if block * padded < PLANNED else 8,
         **options(pdl),
     )
 

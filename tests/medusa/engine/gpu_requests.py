@@ -7,7 +7,8 @@ import os
 
 import pytest
 
-from medusa import Engine, Grammar, SamplingParams
+from medusa import Engine, Grammar, MedusaHeads, SamplingParams
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from tests.medusa.engine.support import random_prompts
@@ -29,9 +30,9 @@ class GpuEngine(Engine):
     _runner_of = Engine._graph_runner
 
 
-def engine_of(kind, path, device):
+def engine_of(kind, path, device, heads=MedusaHeads):
     backbone = Backbone.from_pretrained(path, device=device)
-    checkpoint = heads_of(path, 1)
+    checkpoint = heads_of(path, 1, kind=heads)
     checkpoint.heads.to(device)
     tokenizer = ChatTokenizer.from_pretrained(path)
     return kind(backbone, tokenizer, checkpoint, speculation=8, max_batch_size=3, max_prefill_tokens=20)
@@ -47,11 +48,12 @@ def assert_same(ours, expected):
                 assert (entry.token_id, entry.logprob) == (wanted.token_id, pytest.approx(wanted.logprob, abs=1e-3))
 
 
-def test_grammars_prompt_logprobs_and_other_heads(tiny_llama):
-    reference, gpu = engine_of(Engine, tiny_llama, "cpu"), engine_of(GpuEngine, tiny_llama, DEVICE)
+@pytest.mark.parametrize("heads", [MedusaHeads, HydraHeads])
+def test_grammars_prompt_logprobs_and_other_heads(tiny_llama, heads):
+    reference, gpu = engine_of(Engine, tiny_llama, "cpu", heads), engine_of(GpuEngine, tiny_llama, DEVICE, heads)
     assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))
     for engine in (reference, gpu):
-        checkpoint = heads_of(tiny_llama, 2)
+        checkpoint = heads_of(tiny_llama, 2, kind=heads)
         checkpoint.heads.to(engine.backbone.device)
         engine.swap_heads(checkpoint)
     assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))

@@ -25,7 +25,7 @@ def test_the_gpus_engine_in_the_interpreter(results, file):
 
 
 @needs_triton
-@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_the_gpus_engine_in_two_processes(speed):
+@pytest.mark.parametrize(("speed", "tests"), [("not slow", 1), pytest.param("slow", 2, marks=pytest.mark.slow)])
+def test_the_gpus_engine_in_two_processes(speed, tests):
     counts, output = FolderRun.start(TEAM, interpreted() | {"PYTEST_ADDOPTS": f"-m '{speed}'"}).finished(280)
-    assert counts["test_team"] == [1, 0], output
+    assert counts["test_team"] == [tests, 0], output

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from medusa import Engine, HeadsConfig, MedusaHeads, TokenTree, Typical
-from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMismatchError
+from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta, CheckpointMismatchError
 from medusa.engine.step_times import StepTimes
 from medusa.tree import grow
 from tests.medusa.engine.support import ACCURACY, TREES, checkpoint_of, greedy, load, random_prompts
@@ -17,18 +17,19 @@ PROMPTS = random_prompts([6, 25, 13], seed=3)
 LADDER = [TREES[8], TREES[16]]
 
 
-def heads_of(path, seed, *, num_heads=4, trees=LADDER):
+def heads_of(path, seed, *, num_heads=4, trees=LADDER, kind=MedusaHeads):
     """Heads with random blocks, which guess otherwise than others."""
     backbone, _ = load(path)
     made = checkpoint_of(backbone, trees=trees)
     config = HeadsConfig(
         hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size, num_heads=num_heads, vocabulary="shared"
     )
-    heads = MedusaHeads.initialised(config, backbone.lm_head_weight)
+    heads = kind.initialised(config, backbone.lm_head_weight)
     generator = torch.Generator().manual_seed(seed)
     for parameter in heads.parameters():
         parameter.data.normal_(0, 0.3, generator=generator)
-    return Checkpoint(heads.eval().requires_grad_(False), replace(made.meta, heads=config))
+    meta = CheckpointMeta.of(heads, made.meta.backbone, calibration=made.meta.calibration, trees=made.meta.trees)
+    return Checkpoint(heads.eval().requires_grad_(False), meta)
 
 
 def engine_with(path, checkpoint, **arguments):

@@ -258,8 +258,10 @@ CASES: list[Case] = [
     ),
     *over("compact._compact", types={"CACHE": "*bf16"}, D=9, BD=16, PAGE=64, SIZE=4096, BLOCK=512, num_warps=8),
     *over("path._plan_paths", N=64, BN=64, BLOCK=32),
-    *over("path._plan_paths", N=192, BN=256, BLOCK=32),
+    *over("path._plan_paths", N=64, BN=64, BLOCK=128, num_warps=8),
+    *over("path._plan_paths", N=192, BN=256, BLOCK=32, num_warps=8),
     *over("path._read_paths", N=64, S=10, HEAD=[0, 1, 4], BLOCK=32, num_warps=1),
+    *over("path._read_paths", N=64, S=10, HEAD=1, BLOCK=32, A=1, C=1, num_warps=1),
     *over("path._take_guesses", N=64, S=10, BLOCK=32, num_warps=1),
     *over(
         "seen._see",

@@ -6,7 +6,6 @@ of each node another, so that a draft is right only below the right ones.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from functools import cache
@@ -65,9 +64,7 @@ def knowing(path, trees=(8, 16)):
         block.weight.data[:, -size:] = 4 * torch.eye(size)
         block.bias.data.fill_(12.0)
     made = checkpoint_of(backbone, trees=[TREES[size] for size in trees])
-    meta = dataclasses.replace(
-        CheckpointMeta.of(heads, made.meta.backbone), calibration=made.meta.calibration, trees=made.meta.trees
-    )
+    meta = CheckpointMeta.of(heads, made.meta.backbone, calibration=made.meta.calibration, trees=made.meta.trees)
     return backbone, Checkpoint(heads.eval().requires_grad_(False), meta)
 
 

@@ -14,6 +14,7 @@ from medusa.engine.graph_runner import GraphRunner
 from medusa.engine.sharded import load_sharded
 from medusa.engine.watched import WatchedRunner
 from medusa.tokenizer import ChatTokenizer
+from tests.medusa.engine.interpreted.test_gpu_hydra import knowing
 from tests.medusa.engine.interpreted.test_graph_runner import (
     PROMPTS,
     VOCAB,
@@ -32,11 +33,11 @@ def made(make_backbone_dir, tmp_path_factory):
     """A family's guessing model on disk, with the heads that know it, and a share of it."""
     shares = []
 
-    def make(family):
+    def make(family, backbone_and_heads=guessing):
         while shares:
             shares.pop().close()
         source = make_backbone_dir(family, vocab=VOCAB, tie_word_embeddings=False)
-        backbone, checkpoint = guessing(source)
+        backbone, checkpoint = backbone_and_heads(source)
         folder = tmp_path_factory.mktemp(family)
         backbone.model.save_pretrained(folder)
         tokenizer = ChatTokenizer.from_pretrained(source)
@@ -80,3 +81,9 @@ def test_a_fused_family(made):
 def test_a_family_that_runs_by_its_own_modules(made):
     engines = made("gemma2")
     assert_equal_runs(engines, [PROMPTS[0], PROMPTS[2]], [params(max_tokens=3), params(temperature=0.8, max_tokens=2)])
+
+
+@pytest.mark.slow
+def test_hydra_heads_which_guess_in_the_first_process_before_the_nodes_are_handed_out(made):
+    completions = assert_equal_runs(made("llama", knowing), PROMPTS[2:4], [params(), params(temperature=0.8)], TREES[8])
+    assert max(count for c in completions for count in c.accepted_per_step) > 2
