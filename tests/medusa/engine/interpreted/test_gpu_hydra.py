@@ -6,6 +6,7 @@ of each node another, so that a draft is right only below the right ones.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 from functools import cache
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from medusa import Engine, HeadsConfig
-from medusa.checkpoint import Checkpoint, CheckpointMeta
+from medusa.calibration import grow_on, guess_replies, head_accuracy, tokens_per_step, walk
+from medusa.checkpoint import Calibration, Checkpoint, CheckpointMeta
 from medusa.decoding import TreeBatch, Typical
 from medusa.drafter import PathDrafter
 from medusa.engine.gpu_hydra import GpuHydra
@@ -208,13 +210,41 @@ def test_other_hydra_heads_are_taken_by_a_running_engine(llama):
     assert set(accepted[3:]) == {1}
 
 
+def calibrated(checkpoint, guessed):
+    """The checkpoint with a ladder of trees that grew on these guesses."""
+    accuracy, num_positions = head_accuracy(guessed, NUM_HEADS, WIDTH)
+    growth, path_accuracy = grow_on(guessed, accuracy, 8)
+    trees = [TokenTree.from_paths(growth[: size - 1]) for size in (4, 8)]
+    calibration = Calibration(
+        accuracy=accuracy,
+        num_positions=num_positions,
+        tokens_per_step=[tokens_per_step(guessed, tree) for tree in trees],
+        growth=[list(path) for path in growth],
+        path_accuracy=path_accuracy,
+    )
+    meta = dataclasses.replace(checkpoint.meta, calibration=calibration, trees=[tree.to_list() for tree in trees])
+    return Checkpoint(checkpoint.heads, meta)
+
+
 def test_the_policy_chooses_trees_of_a_calibrated_ladder(llama):
-    """Many nodes cost little in these step times, so that it speculates from the start."""
+    """Calibration says what each step of this runner accepts. Many nodes cost little in these step times, so that it
+    speculates from the start."""
     times = StepTimes({(1, 1, 128): 1.0, (1, 16, 128): 1.1, (2, 2, 128): 1.0, (2, 32, 128): 1.2})
-    settings = {"speculation": "auto", "step_times": times, "max_batch_size": 2}
-    replies = [build(kind, llama, **settings).generate(PROMPTS[2:4], params()) for kind in (Engine, GraphEngine)]
-    assert [c.token_ids for c in replies[0]] == [c.token_ids for c in replies[1]]
-    assert max(count for c in replies[1] for count in c.accepted_per_step) > 2
+    engine = build(GraphEngine, llama, step_times=times, max_batch_size=2)
+    prompts = [PROMPTS[2], PROMPTS[5]]
+    plain = build(Engine, llama).generate(prompts, params(max_tokens=9))
+    rows = [(c.prompt_token_ids, c.token_ids) for c in plain]
+    guessed = list(guess_replies(engine.backbone, engine.checkpoint.heads, rows, WIDTH))
+    engine.swap_heads(calibrated(engine.checkpoint, guessed))
+    assert [tree.num_nodes for tree in engine.trees] == [1, 4, 8]
+    accepted = {}
+    for speculation in (8, "auto"):
+        engine.set_speculation(speculation)
+        completions = engine.generate(prompts, params(max_tokens=9))
+        assert [c.token_ids for c in completions] == [c.token_ids for c in plain]
+        accepted[speculation] = [c.accepted_per_step for c in completions]
+    assert accepted[8] == [walk(item, engine.trees[-1]) for item in guessed]
+    assert max(map(max, accepted["auto"])) > 2
 
 
 def test_step_times_are_measured_at_the_start(llama):
