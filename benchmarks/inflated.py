@@ -12,7 +12,8 @@ import torch
 from benchmarks.inflate import inflate, inflate_checkpoint
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import ConfigError
-from medusa.model import Backbone, model_directory, weights_digest
+from medusa.model import Backbone
+from medusa.weights import model_directory, weights_digest
 
 NOT_COPIED = ("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "config.json", "README*")
 

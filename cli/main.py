@@ -18,8 +18,9 @@ from cli.demo import demo
 from deployments.kubernetes import KubernetesError
 from medusa.checkpoint import CheckpointError
 from medusa.config import ConfigError
-from medusa.model import ModelNotFoundError, UnsupportedModelError
+from medusa.model import UnsupportedModelError
 from medusa.quantization import QuantizationError
+from medusa.weights import ModelNotFoundError
 from pipelines.artifact import DamagedStepError, StepMissingError, TryAgain
 from pipelines.bench import EvaluateError
 from pipelines.calibrate import CalibrateError

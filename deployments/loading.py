@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fastapi import FastAPI
 
@@ -19,6 +21,9 @@ from deployments.sampling_log import SampleRequests, SamplingLog
 from deployments.tracing import Tracing
 from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError
+from medusa.weights import Hashing, model_directory
+
+logger = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.001  # Python's own is five times that
 
@@ -43,7 +48,9 @@ class LoadedService:
 
 
 def load_engine(config: ServerConfig) -> Engine:
-    return Engine.from_pretrained(config.model, config.heads, **config.engine_arguments())
+    """Hashes the weights meanwhile, heads or none: a replica tells which weights it serves."""
+    hashing = Hashing(model_directory(config.model))
+    return Engine.from_pretrained(config.model, config.heads, hashing=hashing, **config.engine_arguments())
 
 
 def load_service(
@@ -54,16 +61,16 @@ def load_service(
     load: Callable[[ServerConfig], Engine] = load_engine,
 ) -> LoadedService:
     """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
+    started = time.perf_counter()
     endpoint = config.otlp_traces_endpoint
     tracing = Tracing(endpoint, replica=replica) if endpoint else None  # first: it may be asked for in vain
     heads = verified(config.heads_config)
     engine = load(config)
-    if config.backbone_digest not in (None, engine.backbone.digest):
+    try:
+        _check_digest(config, engine.backbone.digest)
+    except BaseException:
         engine.close()
-        raise CheckpointMismatchError(
-            f"{config.model} has weights of the digest {engine.backbone.digest}, but {config.backbone_digest} was to "
-            "be served; fetch the model again"
-        )
+        raise
     running = AsyncEngine(
         engine,
         max_queued=config.max_queued_requests,
@@ -93,7 +100,25 @@ def load_service(
     samples = SamplingLog(config.sampling, replica) if config.sampling else None
     if samples is not None:
         api.add_middleware(SampleRequests, log=samples)
+    _tell_start(config, engine, time.perf_counter() - started)
     return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples, tracing)
+
+
+def _check_digest(config: ServerConfig, digest: str) -> None:
+    if config.backbone_digest not in (None, digest):
+        raise CheckpointMismatchError(
+            f"{config.model} has weights of the digest {digest}, but {config.backbone_digest} was to be served; fetch "
+            "the model again"
+        )
+
+
+def _tell_start(config: ServerConfig, engine: Engine, seconds: float) -> None:
+    """One line of the log, whatever its level: what a new replica's time went into."""
+    parts = {"loaded_s": seconds} | (asdict(engine.start_times) if engine.start_times else {})
+    if (hashing := engine.backbone.hashing) is not None:
+        parts |= {"digest_s": hashing.seconds, "waited_for_digest_s": hashing.waited_s}
+    rounded = {name: round(value, 3) for name, value in parts.items()}
+    logger.warning("%s was loaded in %.1f s", config.served_name, seconds, extra={"start": rounded})
 
 
 def settle_process() -> None:

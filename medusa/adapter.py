@@ -10,15 +10,17 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from medusa.checkpoint import ADAPTER, CheckpointMismatchError, read_meta
-from medusa.model import Backbone, model_directory, weights_digest
+from medusa.checkpoint import ADAPTER, CheckpointMeta, CheckpointMismatchError, read_meta
+from medusa.model import Backbone
 from medusa.quantization import Quantization
+from medusa.weights import Hashing, model_directory, weights_digest
 
 _PREFIX = "base_model.model."  # peft's, before the name of a module
 
@@ -54,10 +56,10 @@ class LoraAdapter:
         return (weight.float() + self.scale * (b @ a)).to(weight.dtype)
 
 
-def runs_merged(directory: Path, heads: Path) -> bool:
-    """Whether these heads run on the backbone in `directory` only with their adapter merged into it."""
+def runs_merged(hashing: Hashing, heads: Path) -> bool:
+    """Whether these heads run on the backbone whose digest this is only with their adapter merged into it."""
     meta = read_meta(heads)
-    return meta.adapter is not None and weights_digest(directory) != meta.backbone.weights_digest
+    return meta.adapter is not None and hashing.result() != meta.backbone.weights_digest
 
 
 def load_with_adapter(
@@ -67,29 +69,38 @@ def load_with_adapter(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     quantization: Quantization | None = None,
+    hashing: Hashing | None = None,
 ) -> Backbone:
     """The backbone that these heads run on: `backbone` itself, or with the checkpoint's adapter merged in memory;
-    quantised after that.
+    quantised after that. `hashing` is the digest of `backbone`, already under way.
 
     Raises CheckpointMismatchError where it is neither the adapter's base nor the merged model.
     """
     meta = read_meta(heads)
+    hashing = hashing or Hashing(model_directory(backbone))
+    load = partial(Backbone.from_pretrained, backbone, dtype=dtype, device=device, hashing=hashing)
     if meta.adapter is None:
-        return Backbone.from_pretrained(backbone, dtype=dtype, device=device, quantization=quantization)
-    digest = weights_digest(model_directory(backbone))
-    if digest == meta.backbone.weights_digest:
-        return Backbone.from_pretrained(backbone, dtype=dtype, device=device, quantization=quantization)
-    if digest != meta.adapter.base.weights_digest:
+        return load(quantization=quantization)
+    if quantization is None:
+        model = load()  # whichever of the two it is: its weights are hashed meanwhile
+        return model if _is_merged(hashing, meta, backbone) else _merged_in_memory(model, heads, meta)
+    if _is_merged(hashing, meta, backbone):
+        return load(quantization=quantization)
+    merged = _merged_in_memory(load(), heads, meta)
+    merged.quantize(quantization)
+    return merged
+
+
+def _is_merged(hashing: Hashing, meta: CheckpointMeta, backbone: str | Path) -> bool:
+    """Whether it is the merged model; False for the adapter's base."""
+    assert meta.adapter is not None
+    digest = hashing.result()
+    if digest not in (meta.backbone.weights_digest, meta.adapter.base.weights_digest):
         raise CheckpointMismatchError(
             f"these heads run on {meta.adapter.base.name} ({meta.adapter.base.weights_digest}) with their adapter, or "
             f"on the two merged ({meta.backbone.weights_digest}), but the backbone is {backbone} ({digest})"
         )
-    merged = _merged_in_memory(
-        Backbone.from_pretrained(backbone, dtype=dtype, device=device), heads / ADAPTER, meta.backbone.weights_digest
-    )
-    if quantization is not None:
-        merged.quantize(quantization)
-    return merged
+    return digest == meta.backbone.weights_digest
 
 
 def write_merged(base: Path, adapter: Path, destination: Path) -> str:
@@ -115,12 +126,14 @@ def write_merged(base: Path, adapter: Path, destination: Path) -> str:
     return weights_digest(destination)
 
 
-def _merged_in_memory(backbone: Backbone, adapter: Path, digest: str) -> Backbone:
-    lora = LoraAdapter.read(adapter)
+def _merged_in_memory(backbone: Backbone, heads: Path, meta: CheckpointMeta) -> Backbone:
+    lora = LoraAdapter.read(heads / ADAPTER)
     with torch.no_grad():
         for module, weight in _weights(backbone, lora):
             weight.copy_(lora.merged(module, weight))
-    return Backbone(backbone.model, name=backbone.name, digest=digest)
+    merged = Backbone(backbone.model, name=backbone.name, digest=meta.backbone.weights_digest)
+    merged.hashing = backbone.hashing
+    return merged
 
 
 def _weights(backbone: Backbone, lora: LoraAdapter) -> Iterator[tuple[str, torch.Tensor]]:

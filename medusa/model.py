@@ -28,6 +28,7 @@ from transformers import (
 from medusa.parallel import Rank, load_share
 from medusa.quantization import Quantization, QuantizationError
 from medusa.quantized_linear import quantize_linears
+from medusa.weights import Hashing, model_directory, weights_digest
 
 TREE_ATTENTION = "medusa_tree"
 # RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.
@@ -37,10 +38,6 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 class UnsupportedModelError(ValueError):
     """The model is of a kind that tree decoding does not cover; the message names the kind."""
-
-
-class ModelNotFoundError(FileNotFoundError):
-    """There is no model where one was named, or it has no safetensors."""
 
 
 class TreeAttention(Protocol):
@@ -104,6 +101,7 @@ class Backbone:
         self.name = name
         self._digest = digest
         self._directory: Path | None = None
+        self.hashing: Hashing | None = None
         self.quantization: Quantization | None = None
         self.rank: Rank | None = None  # where the weights are one process's share
         # Query heads, and (key-value heads, head size), of every layer; of a share, its own.
@@ -119,14 +117,18 @@ class Backbone:
         device: str | torch.device | None = None,
         quantization: Quantization | None = None,
         rank: Rank | None = None,
+        hashing: Hashing | None = None,
     ) -> Self:
         """Loads a model folder or hub id from safetensors. Default device: a GPU if there is one.
 
         Default dtype: float32 on a CPU, the checkpoint's own on a GPU. With `quantization` a GPU never holds the whole
         weights (see `quantize`). With a `rank` it loads that process's share, on its device, as all of its group do at
-        once. Raises UnsupportedModelError, ShardingError, QuantizationError, or OSError when nothing is there.
+        once. `hashing` is the digest of the same folder, already under way; without it `digest` hashes when it is asked
+        for. Raises UnsupportedModelError, ShardingError, QuantizationError, or OSError when nothing is there.
         """
         directory = model_directory(name, revision)
+        if hashing is not None and hashing.directory != directory:
+            raise ValueError(f"hashing is of {hashing.directory}, but the weights to be loaded are in {directory}")
         device = rank.device if rank else default_device(device)
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
@@ -144,6 +146,7 @@ class Backbone:
             quantize_linears(model.base_model, quantization, device)
         backbone = cls(model.to(device), name=Path(name).name if Path(name).is_dir() else str(name))
         backbone._directory = directory
+        backbone.hashing = hashing
         backbone.quantization = quantization
         backbone.rank = rank
         return backbone
@@ -201,6 +204,8 @@ class Backbone:
         """sha256 of the weights: of the safetensors files in name order, or of the tensors of a model in memory."""
         if self._digest is not None:
             return self._digest
+        if self.hashing is not None:
+            return self.hashing.result()
         return weights_digest(self._directory) if self._directory else _tensors_digest(self.model)
 
     @torch.no_grad()
@@ -338,31 +343,6 @@ def _rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]  # Gemma 3: one entry a layer type
     return nested or [rope]
-
-
-def model_directory(name: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: the path itself, or the hub snapshot of an id (downloaded when missing)."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or str(name).startswith("."):
-        raise ModelNotFoundError(f"no model folder at {name}; give one with config.json, or a hub id like org/name")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-    return Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-
-
-def weights_digest(directory: Path) -> str:
-    """sha256 over the folder's safetensors files, in name order."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ModelNotFoundError(f"{directory} holds no .safetensors file; convert the model's weights to safetensors")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
 
 
 def _tensors_digest(model: torch.nn.Module) -> str:

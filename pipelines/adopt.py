@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from medusa.adapter import write_merged
 from medusa.checkpoint import ADAPTER, CheckpointMismatchError, load_checkpoint
 from medusa.digests import directory_digest
-from medusa.model import model_directory, weights_digest
+from medusa.weights import model_directory, weights_digest
 from pipelines.artifact import StepOutput, open_step
 from pipelines.train_worker import BACKBONE, CHECKPOINT
 

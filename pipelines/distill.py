@@ -40,9 +40,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa import Engine
 from medusa.checkpoint import CheckpointMismatchError, read_meta
 from medusa.config import strict, to_dict
-from medusa.model import model_directory, weights_digest
 from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
+from medusa.weights import model_directory, weights_digest
 from pipelines.answering import ReplyConfig
 from pipelines.artifact import StepDir, StepOutput, open_step
 from pipelines.block_actor import BlockActor, BlockReport, block_task

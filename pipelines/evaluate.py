@@ -20,8 +20,8 @@ from medusa.adapter import write_merged
 from medusa.checkpoint import ADAPTER, read_meta
 from medusa.config import strict, to_dict
 from medusa.digests import directory_digest
-from medusa.model import model_directory
 from medusa.tokenizer import ChatTokenizer
+from medusa.weights import model_directory
 from pipelines.artifact import StepOutput, open_step
 from pipelines.bench import Bench, BenchConfig, EvaluateError, EvaluationPrompt
 from pipelines.calibrate import CHECKPOINT, load_calibration

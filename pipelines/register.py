@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from medusa.checkpoint import CheckpointMeta, read_meta
 from medusa.config import ConfigError, strict
 from medusa.digests import directory_digest
-from medusa.model import model_directory, weights_digest
+from medusa.weights import model_directory, weights_digest
 from pipelines.artifact import StepOutput, open_step
 from pipelines.tracking import TrackingUnavailable
 from registry.connection import MlflowUnavailable, shown

@@ -28,10 +28,10 @@ from ray.train.torch import TorchTrainer
 
 from medusa.config import strict, to_dict
 from medusa.heads import HeadsConfig, Vocabulary
-from medusa.model import model_directory, weights_digest
 from medusa.tokenizer import ChatTokenizer
 from medusa.training.batch import Row, fit_rows
 from medusa.training.schedule import TrainerConfig
+from medusa.weights import model_directory, weights_digest
 from pipelines.artifact import StepDir, StepOutput, open_step
 from pipelines.curves import CURVES, draw_curves
 from pipelines.distill import DATA

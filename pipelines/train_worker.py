@@ -28,13 +28,14 @@ from torch import Tensor, nn
 from medusa.adapter import write_merged
 from medusa.checkpoint import HEADS, AdapterRef, BackboneRef, CheckpointMeta, save_checkpoint
 from medusa.digests import directory_digest
-from medusa.model import Backbone, model_directory, weights_digest
+from medusa.model import Backbone
 from medusa.training.adaptation import LoraAdaptation
 from medusa.training.batch import Row, fit_rows
 from medusa.training.quantisation import quantise
 from medusa.training.sharding import shard
 from medusa.training.totals import NonFiniteLossError
 from medusa.training.trainer import Trainer
+from medusa.weights import model_directory, weights_digest
 from pipelines.journal import RunLog
 from pipelines.split import is_held_back
 

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -142,6 +143,22 @@ def make_backbone_dir(tmp_path_factory: pytest.TempPathFactory, chat8m: Path) ->
 def tiny_llama(make_backbone_dir: BackboneFactory) -> Path:
     """The folder of a Llama of 2 layers and 512 tokens, random weights."""
     return make_backbone_dir("llama")
+
+
+@pytest.fixture
+def hashing_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
+    """Threads that hash weights wait until it is set: as for a large model."""
+    from medusa import weights
+
+    gate, hash_now = Event(), weights.weights_digest
+
+    def hash_later(directory: Path) -> str:
+        assert gate.wait(60)
+        return hash_now(directory)
+
+    monkeypatch.setattr(weights, "weights_digest", hash_later)
+    yield gate
+    gate.set()
 
 
 @pytest.fixture(scope="session")

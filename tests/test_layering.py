@@ -24,7 +24,7 @@ MAY_IMPORT = {  # of our own packages
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it
     {"config", "digests", "grammar", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads", "hydra"}
-    | {"folders", "parallel", "quantization", "quantized_linear"},
+    | {"folders", "parallel", "quantization", "quantized_linear", "weights"},
     {"decoding", "checkpoint", "model", "adapter", "drafter"},
     {"calibration", "quality", "growth", "engine", "export", "training"},
 )

@@ -6,6 +6,7 @@ import itertools
 import secrets
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from operator import index
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
+from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint, pair_checked
 from medusa.decoding import Typical
 from medusa.engine.limits import Limits
 from medusa.engine.loop import StepLoop
@@ -25,6 +26,7 @@ from medusa.engine.shapes import Buckets
 from medusa.engine.sharded import ShardedBackbone, followers_of, lead_of, load_backbone, make_cache
 from medusa.engine.speculation import Adaptive, Always, Policy, ladder_of
 from medusa.engine.speculation import Speculation as Speculator
+from medusa.engine.start_times import Laps, StartTimes
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
 from medusa.engine.step_times import StepTimes
@@ -36,6 +38,7 @@ from medusa.quantization import Quantization
 from medusa.sampling import MAX_SEED, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
+from medusa.weights import Hashing
 
 Prompt = str | Items[int]
 Speculation = Literal["auto", "off"] | int
@@ -52,6 +55,8 @@ class Engine:
     `step_times`: a stored profile of this machine; without one, "auto" measures at the start.
     """
 
+    start_times: StartTimes | None = None  # of an engine from `from_pretrained`
+
     def __init__(
         self,
         backbone: Backbone,
@@ -66,52 +71,55 @@ class Engine:
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> None:
-        if checkpoint is not None:
-            check_pair(checkpoint.meta, backbone, tokenizer.digest)
-        if acceptance != "exact" and not isinstance(acceptance, Typical):
-            raise ValueError(f"acceptance is 'exact' or a Typical rule, got {acceptance!r}")
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.checkpoint = checkpoint
-        self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
-        self._grown = grown_tree(checkpoint.meta) if checkpoint else None
-        self._limits = Limits.of(
-            backbone,
-            checkpoint,
-            self.trees,
-            max_batch_size=max_batch_size,
-            max_model_len=max_model_len,
-            max_prefill_tokens=max_prefill_tokens,
-            kv_cache_gb=kv_cache_gb,
-        )
-        for tree in self.trees:
-            self._limits.check_tree(tree)
-        self.max_batch_size = self._limits.max_batch_size
-        self.max_model_len = self._limits.max_model_len
-        self._cache = make_cache(
-            backbone,
-            num_layers=backbone.num_layers,
-            kv_shape=backbone.kv_shape,
-            num_pages=self._limits.num_pages,
-            max_batch_size=max_batch_size,
-            max_pages=self._limits.table_width,
-            dtype=backbone.dtype,
-            device=backbone.device,
-            salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
-        )
-        self._scheduler = Scheduler(
-            self._cache,
-            max_batch_size=max_batch_size,
-            max_nodes=self._limits.max_nodes,
-            max_prefill_tokens=self._limits.max_prefill_tokens,
-        )
-        self._acceptance = acceptance
-        self.grammars = Grammars(tokenizer, backbone.vocab_size)
-        self._counters = Counters()
-        self._build_runner()
-        self._ids = itertools.count()
-        self._step_times = step_times
-        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
+        if checkpoint is None:
+            pairing: AbstractContextManager[None] = nullcontext()
+        else:
+            pairing = pair_checked(checkpoint.meta, backbone, tokenizer.digest)
+        with pairing:  # to its end: a large model's weights may still be hashed while graphs are captured
+            if acceptance != "exact" and not isinstance(acceptance, Typical):
+                raise ValueError(f"acceptance is 'exact' or a Typical rule, got {acceptance!r}")
+            self.backbone = backbone
+            self.tokenizer = tokenizer
+            self.checkpoint = checkpoint
+            self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
+            self._grown = grown_tree(checkpoint.meta) if checkpoint else None
+            self._limits = Limits.of(
+                backbone,
+                checkpoint,
+                self.trees,
+                max_batch_size=max_batch_size,
+                max_model_len=max_model_len,
+                max_prefill_tokens=max_prefill_tokens,
+                kv_cache_gb=kv_cache_gb,
+            )
+            for tree in self.trees:
+                self._limits.check_tree(tree)
+            self.max_batch_size = self._limits.max_batch_size
+            self.max_model_len = self._limits.max_model_len
+            self._cache = make_cache(
+                backbone,
+                num_layers=backbone.num_layers,
+                kv_shape=backbone.kv_shape,
+                num_pages=self._limits.num_pages,
+                max_batch_size=max_batch_size,
+                max_pages=self._limits.table_width,
+                dtype=backbone.dtype,
+                device=backbone.device,
+                salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
+            )
+            self._scheduler = Scheduler(
+                self._cache,
+                max_batch_size=max_batch_size,
+                max_nodes=self._limits.max_nodes,
+                max_prefill_tokens=self._limits.max_prefill_tokens,
+            )
+            self._acceptance = acceptance
+            self.grammars = Grammars(tokenizer, backbone.vocab_size)
+            self._counters = Counters()
+            self._build_runner()
+            self._ids = itertools.count()
+            self._step_times = step_times
+            self._speculate(lambda: self._speculator_of(speculation, self._step_times))
 
     @classmethod
     def from_pretrained(
@@ -130,6 +138,7 @@ class Engine:
         step_times: StepTimes | None = None,
         quantization: Quantization | None = None,
         tensor_parallel: int = 1,
+        hashing: Hashing | None = None,
     ) -> Engine:
         """`backbone` is a model folder or hub id; `heads` a Medusa checkpoint folder, or None for plain decoding. Where
         the checkpoint has an adapter, `backbone` is its base or the two merged.
@@ -141,9 +150,13 @@ class Engine:
         there are GPUs. The engine starts the others, and `close` ends them; when one fails, calls raise
         TensorParallelError from then on.
 
+        `hashing`: the digest of the backbone's weights, already under way; with heads it is begun here. It goes on
+        while weights are loaded and the engine is built; heads of another backbone are refused before this returns.
+
         Raises UnsupportedModelError, ShardingError, QuantizationError, CheckpointError, CheckpointMismatchError, or
         ValueError for a bad argument.
         """
+        times = Laps()
         model = load_backbone(
             backbone,
             Path(heads) if heads is not None else None,
@@ -151,12 +164,17 @@ class Engine:
             dtype=dtype,
             quantization=quantization,
             tensor_parallel=tensor_parallel,
+            hashing=hashing,
         )
+        weights_s = times.lap()
         try:
-            return cls(
+            tokenizer = ChatTokenizer.from_pretrained(backbone)
+            checkpoint = None if heads is None else load_checkpoint(Path(heads)).on(model)
+            heads_s = times.lap()
+            engine = cls(
                 model,
-                ChatTokenizer.from_pretrained(backbone),
-                None if heads is None else load_checkpoint(Path(heads), model),
+                tokenizer,
+                checkpoint,
                 max_batch_size=max_batch_size,
                 max_model_len=max_model_len,
                 max_prefill_tokens=max_prefill_tokens,
@@ -165,6 +183,8 @@ class Engine:
                 acceptance=acceptance,
                 step_times=step_times,
             )
+            engine.start_times = StartTimes(weights_s, heads_s, times.lap())
+            return engine
         except BaseException:
             if isinstance(model, ShardedBackbone):
                 model.close()

@@ -30,9 +30,10 @@ from medusa.engine.messages import (
     on_host,
 )
 from medusa.kernels.tree_attention import PagedTree
-from medusa.model import Backbone, TreeAttention, check_supported, default_device, model_directory
+from medusa.model import Backbone, TreeAttention, check_supported, default_device
 from medusa.parallel import BACKENDS, ShardingError, join, leave, local_store, plan_of
 from medusa.quantization import Quantization, QuantizationError
+from medusa.weights import Hashing, model_directory
 
 if TYPE_CHECKING:
     from medusa.engine.team import Lead
@@ -138,8 +139,10 @@ def load_sharded(
     heads: Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    hashing: Hashing | None = None,
 ) -> ShardedBackbone:
-    """Starts `size` - 1 followers, and loads the model's shares in all processes at once.
+    """Starts `size` - 1 followers, and loads the model's shares in all processes at once. `hashing` is the model's
+    digest, already under way.
 
     Raises UnsupportedModelError or ShardingError for a model that cannot be shared out so, before anything is started,
     and TensorParallelError when a follower fails.
@@ -152,11 +155,11 @@ def load_sharded(
         )
     device_type = chosen.type
     directory = model_directory(name)
-    _check(directory, size, device_type, heads)
+    _check(directory, size, device_type, heads, hashing)
     followers = Followers.start(size - 1)
     try:
         with followers.together():
-            backbone = _loaded_together(followers, name, directory, size, device_type, dtype)
+            backbone = _loaded_together(followers, name, directory, size, device_type, dtype, hashing)
     except BaseException:
         followers.close()
         leave()
@@ -167,7 +170,7 @@ def load_sharded(
     return backbone
 
 
-def _check(directory: Path, size: int, device_type: str, heads: Path | None) -> None:
+def _check(directory: Path, size: int, device_type: str, heads: Path | None, hashing: Hashing | None) -> None:
     config = AutoConfig.from_pretrained(directory)
     check_supported(config)
     plan_of(config, size)
@@ -180,7 +183,7 @@ def _check(directory: Path, size: int, device_type: str, heads: Path | None) -> 
             "this process has a torch.distributed group, of a trainer or of a tensor-parallel engine that was not "
             "closed; torch has one default group a process"
         )
-    if heads is not None and runs_merged(directory, heads):
+    if heads is not None and runs_merged(hashing or Hashing(directory), heads):
         raise ShardingError(
             f"the heads in {heads} run on {directory} with their adapter merged, and a share cannot take it in; "
             "give the merged backbone (training's step wrote it; `medusa export` writes it)"
@@ -188,7 +191,13 @@ def _check(directory: Path, size: int, device_type: str, heads: Path | None) -> 
 
 
 def _loaded_together(
-    followers: Followers, name: str | Path, directory: Path, size: int, device_type: str, dtype: torch.dtype | None
+    followers: Followers,
+    name: str | Path,
+    directory: Path,
+    size: int,
+    device_type: str,
+    dtype: torch.dtype | None,
+    hashing: Hashing | None,
 ) -> ShardedBackbone:
     timeout = timedelta(seconds=STEP_TIMEOUT_S)
     store = local_store(size, timeout)
@@ -215,7 +224,7 @@ def _loaded_together(
         followers.send(Proceed())
 
     rank = join(store, 0, size, device_type=device_type, timeout=timeout, meet=meet)
-    return ShardedBackbone.from_pretrained(name, dtype=dtype, rank=rank)
+    return ShardedBackbone.from_pretrained(name, dtype=dtype, rank=rank, hashing=hashing)
 
 
 def load_backbone(
@@ -226,17 +235,21 @@ def load_backbone(
     dtype: torch.dtype | None,
     quantization: Quantization | None,
     tensor_parallel: int,
+    hashing: Hashing | None,
 ) -> Backbone:
-    """The backbone that an engine runs these heads on: whole, or shared out among `tensor_parallel` processes."""
+    """The backbone that an engine runs these heads on: whole, or shared out among `tensor_parallel` processes.
+    `hashing` is its digest, already under way; with heads it is begun here."""
     if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int) or tensor_parallel < 1:
         raise ValueError(f"tensor_parallel is a number of processes from 1 on, got {tensor_parallel!r}")
+    if heads is not None and hashing is None:
+        hashing = Hashing(model_directory(name))
     if tensor_parallel > 1:
         if quantization is not None:
             raise QuantizationError(
                 f"quantization={quantization!r} and tensor_parallel={tensor_parallel} do not go together: a share's "
                 "scales would be others than the whole's; give one of the two"
             )
-        return load_sharded(name, tensor_parallel, heads=heads, device=device, dtype=dtype)
+        return load_sharded(name, tensor_parallel, heads=heads, device=device, dtype=dtype, hashing=hashing)
     if heads is None:
-        return Backbone.from_pretrained(name, device=device, dtype=dtype, quantization=quantization)
-    return load_with_adapter(name, heads, device=device, dtype=dtype, quantization=quantization)
+        return Backbone.from_pretrained(name, device=device, dtype=dtype, quantization=quantization, hashing=hashing)
+    return load_with_adapter(name, heads, device=device, dtype=dtype, quantization=quantization, hashing=hashing)

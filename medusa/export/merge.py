@@ -13,7 +13,7 @@ from medusa.adapter import write_merged
 from medusa.checkpoint import ADAPTER, Checkpoint, CheckpointMismatchError, save_checkpoint
 from medusa.export.layouts import ExportError
 from medusa.folders import whole_folder
-from medusa.model import model_directory, weights_digest
+from medusa.weights import model_directory, weights_digest
 
 HEADS = "medusa"
 

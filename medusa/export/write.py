@@ -14,7 +14,8 @@ from medusa.checkpoint import Checkpoint, CheckpointMismatchError, load_checkpoi
 from medusa.export.layouts import REFERENCE_WEIGHTS, ExportError, Layout, reference_layout, tgi_layout, vllm_layout
 from medusa.export.merge import HEADS, export_merged
 from medusa.folders import whole_folder
-from medusa.model import Backbone, weights_digest
+from medusa.model import Backbone
+from medusa.weights import weights_digest
 
 Format = Literal["vllm", "tgi", "medusa", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)

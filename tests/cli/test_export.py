@@ -12,7 +12,7 @@ import torch
 from cli import main as command
 from medusa.checkpoint import BackboneRef, CheckpointMeta, load_checkpoint, save_checkpoint
 from medusa.heads import HeadsConfig, MedusaHeads
-from medusa.model import weights_digest
+from medusa.weights import weights_digest
 
 
 @pytest.fixture

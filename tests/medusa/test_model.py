@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from medusa.kernels.tree_attention import PagedTree
-from medusa.model import Backbone, UnsupportedModelError, check_supported, model_directory, weights_digest
+from medusa.model import Backbone, UnsupportedModelError, check_supported
 from medusa.tree import TokenTree
+from medusa.weights import model_directory, weights_digest
 
 PAGE_SIZE = 8
 WINDOW = 6  # shorter than every context below

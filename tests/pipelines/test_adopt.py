@@ -26,7 +26,8 @@ from medusa.checkpoint import (
 from medusa.config import validate
 from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig, MedusaHeads
-from medusa.model import Backbone, weights_digest
+from medusa.model import Backbone
+from medusa.weights import weights_digest
 from pipelines.run import PipelineConfig, run_pipeline
 
 

@@ -16,8 +16,9 @@ from medusa.adapter import AdapterError, load_with_adapter, write_merged
 from medusa.checkpoint import CheckpointError, CheckpointMismatchError, load_checkpoint, read_meta
 from medusa.config import ConfigError, validate
 from medusa.hydra import HydraHeads
-from medusa.model import Backbone, weights_digest
+from medusa.model import Backbone
 from medusa.training.schedule import JointConfig
+from medusa.weights import weights_digest
 from pipelines.artifact import StepOutput
 from pipelines.quality import QualityConfig, QualityError, gate_fields, measure_quality, read_questions
 from pipelines.run import ModelConfig, RunContext

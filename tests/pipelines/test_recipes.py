@@ -15,8 +15,8 @@ from rich.console import Console
 
 from medusa.checkpoint import read_meta
 from medusa.export.write import export_checkpoint
-from medusa.model import weights_digest
 from medusa.tokenizer import ChatTokenizer
+from medusa.weights import weights_digest
 from pipelines.plan.figures import load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.training import Data, plan_training

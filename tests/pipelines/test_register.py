@@ -13,7 +13,7 @@ from medusa.checkpoint import BackboneRef, CheckpointMeta
 from medusa.config import ConfigError, to_dict
 from medusa.digests import directory_digest
 from medusa.heads import HeadsConfig
-from medusa.model import weights_digest
+from medusa.weights import weights_digest
 from pipelines.artifact import StepOutput, open_step
 from pipelines.register import RegisterConfig, champion_folder, champion_for, model_name, register
 from pipelines.tracking import Tracker, TrackingConfig, TrackingUnavailable

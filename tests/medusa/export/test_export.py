@@ -25,7 +25,8 @@ from medusa.export.reference import import_checkpoint
 from medusa.export.write import FORMATS, export_checkpoint
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
-from medusa.model import Backbone, weights_digest
+from medusa.model import Backbone
+from medusa.weights import weights_digest
 
 HUB_ID = "somebody/chat-7b"
 

@@ -20,7 +20,8 @@ from medusa.digests import directory_digest
 from medusa.export.layouts import ExportError
 from medusa.export.write import export_checkpoint
 from medusa.heads import HeadsConfig, MedusaHeads
-from medusa.model import Backbone, weights_digest
+from medusa.model import Backbone
+from medusa.weights import weights_digest
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(3, 23)[None]
