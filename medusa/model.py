@@ -139,8 +139,14 @@ class Backbone:
             model = load_share(directory, config, rank, dtype=dtype or "auto", attention=attention)
             rank.meet()
         else:
+            # Each tensor goes to its device as it is read, not by way of a whole model in main memory.
+            placed = torch.device("cpu") if quantization else device
             model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype or "auto", attn_implementation=attention, use_safetensors=True
+                directory,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                use_safetensors=True,
+                device_map={"": placed},
             )
         if quantization is not None:
             quantize_linears(model.base_model, quantization, device)
