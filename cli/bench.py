@@ -7,6 +7,7 @@ import typer
 from benchmarks.attention import attention
 from benchmarks.decode import decode
 from benchmarks.serve import serve
+from benchmarks.start import start
 from benchmarks.steps import steps
 from benchmarks.trees import trees
 from cli.bench_distill import distill
@@ -21,6 +22,7 @@ app.command()(decode)
 app.command()(steps)
 app.command()(attention)
 app.command()(serve)
+app.command()(start)
 app.command()(trees)
 app.command()(quantization)
 app.command()(distill)
