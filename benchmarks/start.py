@@ -43,13 +43,16 @@ def start(
     from deployments.config import ServerConfig
     from medusa.config import validate
 
+    name = Path(model).name
     if inflate is not None:
+        name = f"{name}@{inflate}"
         dtype = dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         typer.echo(f"{model} in the shape of {inflate} ...")
         model, heads = in_new_process(inflated_folder, model, heads, inflate, dtype, out / "inflated")
     size = int(speculation) if speculation.isdigit() else speculation
     given = {"model": model, "heads": heads, "speculation": size, "device": device, "dtype": dtype}
-    config = validate(ServerConfig, given | {"max_batch_size": max_batch_size}, source="the command line")
+    given |= {"model_name": name, "max_batch_size": max_batch_size}
+    config = validate(ServerConfig, given, source="the command line")
     plan = Plan(repeats, read_first=not as_is)
     measure_starts(config, plan, out, keep=lambda starts: write_report(out, config, plan, starts), say=typer.echo)
     typer.echo((out / "start.md").read_text())
