@@ -127,7 +127,7 @@ class Backbone:
         for. Raises UnsupportedModelError, ShardingError, QuantizationError, or OSError when nothing is there.
         """
         directory = model_directory(name, revision)
-        if hashing is not None and hashing.directory != directory:
+        if hashing is not None and hashing.directory.resolve() != directory.resolve():
             raise ValueError(f"hashing is of {hashing.directory}, but the weights to be loaded are in {directory}")
         device = rank.device if rank else default_device(device)
         if dtype is None and device.type == "cpu":
