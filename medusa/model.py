@@ -1,9 +1,9 @@
 """The backbone: any Hugging Face decoder, run plainly or over token trees, with no copied modelling code.
 
-One attention function is registered with transformers. A forward that carries a `tree` keyword sends each layer's
-query, key and value to that tree's `attend`, which writes them to the engine's KV cache and looks along ancestors;
-everything else of the model (projections, RoPE, norms, MLPs) is transformers' own. What such a forward cannot carry is
-refused by name: from the configuration before any weights are read, and by one small forward after.
+Attention functions are registered with transformers (medusa/attention.py): a forward that carries a `tree` keyword
+sends each layer's query, key and value to that tree's `attend`, which writes them to the engine's KV cache and looks
+along ancestors; everything else of the model (projections, RoPE, norms, MLPs) is transformers' own. What such a forward
+cannot carry is refused by name: from the configuration before any weights are read, and by one small forward after.
 
 Shapes: B sequences, T tokens or N tree nodes a sequence, H heads, D head size, d hidden size, V vocabulary.
 """
@@ -13,80 +13,26 @@ from __future__ import annotations
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
 )
 
+from medusa.attention import PACKED_ATTENTION, TREE_ATTENTION, PackedRows, TreeAttention, UnsupportedModelError
 from medusa.parallel import Rank, load_share
 from medusa.quantization import Quantization, QuantizationError
 from medusa.quantized_linear import quantize_linears
 from medusa.weights import Hashing, model_directory, weights_digest
 
-TREE_ATTENTION = "medusa_tree"
 # RoPE kinds whose angles depend only on a token's own position. "dynamic" rescales all of them as a sequence grows.
 ROPE_TYPES = {"default", "linear", "llama3", "yarn"}
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-
-class UnsupportedModelError(ValueError):
-    """The model is of a kind that tree decoding does not cover; the message names the kind."""
-
-
-class TreeAttention(Protocol):
-    """What a tree forward needs: attention of one layer's nodes over their ancestors and the committed tokens."""
-
-    def attend(
-        self,
-        layer: int,
-        query_BHND: torch.Tensor,
-        key_BHND: torch.Tensor,
-        value_BHND: torch.Tensor,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> torch.Tensor:
-        """Returns [B, N, H, D]; keys and values have their own, possibly smaller, number of heads."""
-        ...
-
-
-def _tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    tree: TreeAttention | None = None,
-    position_ids: torch.Tensor | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    kind = module.config.model_type  # type: ignore[union-attr]
-    if tree is None:
-        raise UnsupportedModelError(f"{kind} does not hand keyword arguments down to its attention")
-    if not getattr(module, "is_causal", True):
-        raise UnsupportedModelError(f"{kind} is not causal here; only decoders can carry Medusa heads")
-    # A mask of the model's own, attention sinks, position biases, chosen blocks: all change what a token attends to.
-    others["attention_mask"] = attention_mask
-    if asked := sorted(name for name, given in others.items() if given is not None and given is not False):
-        raise UnsupportedModelError(f"{kind} attends with {asked}, which tree attention does not cover")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return tree.attend(int(module.layer_idx), query, key, value, scaling, sliding_window, softcap), None  # type: ignore[arg-type]
-
-
-# A name without an entry in transformers' mask registry gets no mask built: the tree brings its own.
-AttentionInterface.register(TREE_ATTENTION, _tree_attention)
 
 
 class Backbone:
@@ -219,13 +165,12 @@ class Backbone:
         """Plain causal forward: what the LM head reads, [B, T, d]. Padding on the right changes nothing before it."""
         return self.trainable_hidden_states(input_ids_BT)
 
-    def trainable_hidden_states(
-        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """`hidden_states` with whatever gradient the weights ask for. Positions that restart within a row separate
-        packed sequences: transformers masks attention between them."""
-        self._use(_plain_attention(self.config))
-        output = self.model.base_model(input_ids=input_ids_BT, position_ids=position_ids_BT, use_cache=False)
+    def trainable_hidden_states(self, input_ids_BT: torch.Tensor, rows: PackedRows | None = None) -> torch.Tensor:
+        """`hidden_states` with whatever gradient the weights ask for; of `rows` packed in one line [1, N], each as if
+        it stood alone."""
+        self._use(_plain_attention(self.config) if rows is None else PACKED_ATTENTION)
+        packing = {} if rows is None else {"rows": rows, "position_ids": rows.position_1N}
+        output = self.model.base_model(input_ids=input_ids_BT, use_cache=False, **packing)
         return output.last_hidden_state
 
     @torch.no_grad()

@@ -23,7 +23,20 @@ MAY_IMPORT = {  # of our own packages
     "cli": set(PACKAGES),
 }
 CORE_FLOORS = (  # of medusa/, lowest first; a file imports its own floor and the floors below it
-    {"config", "digests", "grammar", "kernels", "loops", "noise", "sampling", "tokenizer", "tree", "heads", "hydra"}
+    {
+        "attention",
+        "config",
+        "digests",
+        "grammar",
+        "kernels",
+        "loops",
+        "noise",
+        "sampling",
+        "tokenizer",
+        "tree",
+        "heads",
+        "hydra",
+    }
     | {"folders", "parallel", "quantization", "quantized_linear", "weights"},
     {"decoding", "checkpoint", "model", "adapter", "drafter"},
     {"calibration", "quality", "growth", "engine", "export", "training"},

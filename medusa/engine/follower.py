@@ -111,9 +111,7 @@ class Follower:
     @_do.register
     @torch.inference_mode()
     def _(self, order: PlainPass) -> None:
-        device = self._backbone.device
-        positions = None if order.position_BT is None else on(device, order.position_BT)
-        self._backbone.trainable_hidden_states(on(device, order.token_BT), positions)
+        self._backbone.hidden_states(on(self._backbone.device, order.token_BT))
 
     @_do.register
     @torch.inference_mode()

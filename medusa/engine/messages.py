@@ -84,7 +84,6 @@ class PlainPass:
     """One plain causal forward, as teacher-forced scores need it."""
 
     token_BT: Array
-    position_BT: Array | None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import distributed
 from transformers import AutoConfig
 
 from medusa.adapter import load_with_adapter, runs_merged
+from medusa.attention import PackedRows, TreeAttention
 from medusa.engine.followers import STEP_TIMEOUT_S, Followers
 from medusa.engine.kv_cache import KVCache
 from medusa.engine.messages import (
@@ -30,7 +31,7 @@ from medusa.engine.messages import (
     on_host,
 )
 from medusa.kernels.tree_attention import PagedTree
-from medusa.model import Backbone, TreeAttention, check_supported, default_device
+from medusa.model import Backbone, check_supported, default_device
 from medusa.parallel import BACKENDS, ShardingError, join, leave, local_store, plan_of
 from medusa.quantization import Quantization, QuantizationError
 from medusa.weights import Hashing, model_directory
@@ -49,18 +50,15 @@ class ShardedBackbone(Backbone):
     pages: torch.Tensor | None = None
     is_closed = False
 
-    def trainable_hidden_states(
-        self, input_ids_BT: torch.Tensor, position_ids_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """As Backbone's, but for inference alone."""
-        if torch.is_grad_enabled():
+    def trainable_hidden_states(self, input_ids_BT: torch.Tensor, rows: PackedRows | None = None) -> torch.Tensor:
+        """As Backbone's, but for inference alone, and of rows apart."""
+        if torch.is_grad_enabled() or rows is not None:
             raise ShardingError("a backbone shared out by tensor_parallel is not trained; load it whole")
         if self.followers is None:
-            return super().trainable_hidden_states(input_ids_BT, position_ids_BT)
+            return super().trainable_hidden_states(input_ids_BT)
         with self.followers.together():
-            positions = None if position_ids_BT is None else on_host(position_ids_BT)
-            self.followers.send(PlainPass(on_host(input_ids_BT), positions))
-            return super().trainable_hidden_states(input_ids_BT, position_ids_BT)
+            self.followers.send(PlainPass(on_host(input_ids_BT)))
+            return super().trainable_hidden_states(input_ids_BT)
 
     def tree_hidden_states(
         self, input_ids_BN: torch.Tensor, position_ids_BN: torch.Tensor, tree: TreeAttention

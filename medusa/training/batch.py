@@ -3,13 +3,13 @@
 1. `fit_rows` cuts rows to `max_length`, drops those that leave nothing to learn, and counts both.
 2. `EpochSampler` says which rows make up a step: a pure function of the step, so its state is the step.
 3. `make_labels` shifts the labels once: labels_BTK[b, t, k] = token[b, t + k + 2]. The loss only indexes.
-4. `collate` pads the rows of a step, or packs them into lines, and keeps the positions that predict a reply token.
+4. `collate` pads the rows of a step, or packs them into one line, and keeps the positions that predict a reply token.
 
 A position carries a label for head k only if the tokens t+1 .. t+k+2 all lie inside one reply. So prompts,
-padding and the next sample of a packed line are never labels, and positions before the last prompt token
+padding and the next row of a packed line are never labels, and positions before the last prompt token
 carry none: serving never asks the heads for a guess there.
 
-Axes: B lines (rows, or several rows packed into one), T tokens of a line, K heads, N positions that predict a reply
+Axes: B lines (rows, or one with all of them packed), T tokens of a line, K heads, N positions that predict a reply
 token: of a row, from its last prompt token to its last token but one, side by side.
 """
 
@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from medusa.attention import PackedRows
 
 IGNORE = -100
 PAD_ID = 0
@@ -98,8 +100,8 @@ class Batch:
     """The rows of one forward pass. `positions_N` indexes the flattened [B * T], row after row in the order of
     `row_indices`; `next_N` is the token after each of them (the LM head's label), `labels_NK` the heads'.
 
-    `position_ids_BT` restart at each row of a packed line; None where every line is one row. `hidden_Nd` are the base
-    model's hidden states at the positions where they are remembered (medusa/training/hidden.py).
+    `rows` lie packed in one line; None where every line is one row. `hidden_Nd` are the base model's hidden states at
+    the positions where they are remembered (medusa/training/hidden.py).
     """
 
     tokens_BT: Tensor
@@ -108,7 +110,7 @@ class Batch:
     labels_NK: Tensor
     row_indices: tuple[int, ...]
     positions_per_row: tuple[int, ...]
-    position_ids_BT: Tensor | None = None
+    rows: PackedRows | None = None
     hidden_Nd: Tensor | None = None
 
     @property
@@ -125,33 +127,27 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens_BT", "positions_N", "next_N", "labels_NK", "position_ids_BT", "hidden_Nd")
+            for name in ("tokens_BT", "positions_N", "next_N", "labels_NK", "hidden_Nd")
             if getattr(self, name) is not None
         }
-        return replace(self, **moved)
+        return replace(self, **moved, rows=self.rows and self.rows.to(device))
 
 
-def collate(rows: Sequence[Row], row_indices: Sequence[int], num_heads: int, pack_to: int | None = None) -> Batch:
-    """Pads the named rows on the right, or packs them into lines of at most `pack_to` tokens. No rows give one line of
-    padding, so that a worker without rows still takes part in the step's collectives."""
-    if pack_to is None:
-        lines = [[index] for index in row_indices]
-    else:
-        lines = pack_lines(row_indices, [len(rows[index]) for index in row_indices], pack_to)
-    longest = max((sum(len(rows[index]) for index in line) for line in lines), default=1)
-    tokens_BT = torch.full((max(len(lines), 1), longest), PAD_ID, dtype=torch.long)
+def collate(rows: Sequence[Row], row_indices: Sequence[int], num_heads: int, *, packed: bool = False) -> Batch:
+    """Pads the named rows on the right, or packs them into one line. No rows give one line of padding, so that a worker
+    without rows still takes part in the step's collectives."""
+    named = [rows[index] for index in row_indices]
+    longest = sum(map(len, named)) if packed else max(map(len, named), default=0)
+    tokens_BT = torch.full((1 if packed else max(len(named), 1), max(longest, 1)), PAD_ID, dtype=torch.long)
     reply_mask_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
-    position_ids_BT = torch.zeros_like(tokens_BT)  # padding is a row of one token each: it attends to itself alone
     positions: list[Tensor] = []
-    for b, line in enumerate(lines):
-        start = 0
-        for row in (rows[index] for index in line):
-            end = start + len(row)
-            tokens_BT[b, start:end] = row.token_ids
-            reply_mask_BT[b, start + row.prompt_length : end] = True
-            position_ids_BT[b, start:end] = torch.arange(len(row))
-            positions.append(torch.arange(start + row.prompt_length - 1, end - 1) + b * longest)
-            start = end
+    start = 0
+    for b, row in enumerate(named):
+        line, end = (0, start + len(row)) if packed else (b, len(row))
+        tokens_BT[line, start:end] = row.token_ids
+        reply_mask_BT[line, start + row.prompt_length : end] = True
+        positions.append(torch.arange(start + row.prompt_length - 1, end - 1) + line * longest)
+        start = end if packed else 0
     labels_BTK = make_labels(tokens_BT, reply_mask_BT, num_heads)
     positions_N = torch.cat([torch.empty(0, dtype=torch.long), *positions])
     return Batch(
@@ -159,26 +155,10 @@ def collate(rows: Sequence[Row], row_indices: Sequence[int], num_heads: int, pac
         positions_N=positions_N,
         next_N=tokens_BT.flatten()[positions_N + 1],
         labels_NK=labels_BTK.flatten(0, 1)[positions_N],
-        row_indices=tuple(index for line in lines for index in line),
+        row_indices=tuple(row_indices),
         positions_per_row=tuple(map(len, positions)),
-        position_ids_BT=None if pack_to is None else position_ids_BT,
+        rows=PackedRows.of(list(map(len, named)) or [1]) if packed else None,
     )
-
-
-def pack_lines(row_indices: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """The rows in lines of at most `capacity` tokens, longest first, each into the first line with room for it."""
-    lines: list[list[int]] = []
-    room: list[int] = []
-    for index, length in sorted(zip(row_indices, lengths, strict=True), key=lambda item: (-item[1], item[0])):
-        if length > capacity:
-            raise ValueError(f"row {index} has {length} tokens, a packed line holds {capacity}; cut rows first")
-        line = next((number for number, left in enumerate(room) if left >= length), len(lines))
-        if line == len(lines):
-            lines.append([])
-            room.append(capacity)
-        lines[line].append(index)
-        room[line] -= length
-    return lines
 
 
 class EpochSampler:

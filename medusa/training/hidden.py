@@ -19,7 +19,7 @@ class HiddenCacheError(ValueError):
 
 def forward(backbone: Backbone, batch: Batch) -> Tensor:
     """The hidden states at the batch's positions, [N, d], with whatever gradient the backbone's weights ask for."""
-    hidden_BTd = backbone.trainable_hidden_states(batch.tokens_BT, batch.position_ids_BT)
+    hidden_BTd = backbone.trainable_hidden_states(batch.tokens_BT, batch.rows)
     return hidden_BTd.flatten(0, 1)[batch.positions_N]
 
 
@@ -30,7 +30,7 @@ def check_packing(backbone: Backbone) -> None:
     rows = [
         Row.of([(7 * i + 3 * j) % vocab for j in range(5)], [(5 * i + j) % vocab for j in range(4)]) for i in (1, 2)
     ]
-    packed, apart = (collate(rows, [0, 1], 1, pack_to).to(backbone.device) for pack_to in (18, None))
+    packed, apart = (collate(rows, [0, 1], 1, packed=packed).to(backbone.device) for packed in (True, False))
     difference = (forward(backbone, packed) - forward(backbone, apart)).abs().max()
     scale = forward(backbone, apart).abs().max()
     if difference > scale * (1e-4 if backbone.dtype == torch.float32 else 5e-2):
@@ -71,7 +71,7 @@ class RememberedHidden:
         limit_gib: float,
         home: torch.device,
         device: torch.device,
-        pack_to: int | None = None,
+        packed: bool = False,
         with_tokens: bool = False,
     ) -> None:
         needed_gib = sum(row.num_positions for row in rows) * row_bytes / 2**30
@@ -81,7 +81,7 @@ class RememberedHidden:
                 f"{limit_gib:g}; raise it, or set it to 0 to compute them every epoch"
             )
         self._compute, self._rows, self._num_heads = compute, rows, num_heads
-        self._home, self._device, self._pack_to, self._with_tokens = home, device, pack_to, with_tokens
+        self._home, self._device, self._packed, self._with_tokens = home, device, packed, with_tokens
         self._starts = np.concatenate([[0], np.cumsum([row.num_positions for row in rows])])
         self._known = np.zeros(len(rows), dtype=bool)
         self._hidden_Pd: Tensor | None = None  # P positions of all rows, one row behind the other
@@ -95,8 +95,7 @@ class RememberedHidden:
             self._remember(missing)
         whole = None
         if self._with_tokens:
-            whole = collate(self._rows, row_indices, self._num_heads, self._pack_to).to(self._device)
-            row_indices = whole.row_indices  # packed lines have an order of their own
+            whole = collate(self._rows, row_indices, self._num_heads, packed=self._packed).to(self._device)
         places_N = self._places(row_indices)
         hidden_Nd, next_N, labels_NK = (
             kept[places_N].to(self._device, non_blocking=True)
@@ -128,7 +127,7 @@ class RememberedHidden:
 
     @torch.no_grad()
     def _remember(self, row_indices: Sequence[int]) -> None:
-        batch = collate(self._rows, row_indices, self._num_heads, self._pack_to).to(self._device)
+        batch = collate(self._rows, row_indices, self._num_heads, packed=self._packed).to(self._device)
         hidden_Nd = self._compute(batch).to(self._home)
         if self._hidden_Pd is None:
             self._hidden_Pd = hidden_Nd.new_zeros(len(self._next_P), hidden_Nd.shape[1])

@@ -85,8 +85,8 @@ class TrainerConfig:
     `chunk_size` is rows of logits that exist at once. `hidden_cache_gib` is memory a worker may spend on
     keeping the base model's hidden states over epochs (0: compute them every epoch), main memory or, with
     `hidden_cache_on` "device", the GPU's; joint training has it of its teacher's. `lr` is the heads' peak rate;
-    `head_lr_scales` multiplies it head by head. `packing` puts rows behind each other into lines of `max_length`.
-    `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
+    `head_lr_scales` multiplies it head by head. `packing` puts a forward's rows behind each other in one line,
+    without padding. `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
     `cross_entropy`: "chunked" is the project's own; "liger" its fused kernels (GPU only); "auto" takes liger on a GPU
     where it is installed. `joint` null: the backbone stays frozen (Medusa-1).
     """

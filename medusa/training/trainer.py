@@ -66,7 +66,6 @@ class Trainer:
         self._device = backbone.device
         self._base_dtype = backbone.dtype
         self._half = backbone.dtype.itemsize == 2
-        self._pack_to = config.max_length if config.packing else None
         if config.packing:
             check_packing(backbone)
         self.adaptation: Adaptation | None = None if config.joint is None else adapt(backbone, config)
@@ -257,7 +256,7 @@ class Trainer:
             limit_gib=self.config.hidden_cache_gib,
             home=self._device if self.config.hidden_cache_on == "device" else torch.device("cpu"),
             device=self._device,
-            pack_to=self._pack_to,
+            packed=self.config.packing,
             with_tokens=self.adaptation is not None,
         )
 
@@ -272,7 +271,7 @@ class Trainer:
         if self.memory is not None and rows is self.rows:
             return [self.memory.batch(part) for part in parts]
         num_heads = self.heads.config.num_heads
-        return [collate(rows, part, num_heads, self._pack_to).to(self._device) for part in parts]
+        return [collate(rows, part, num_heads, packed=self.config.packing).to(self._device) for part in parts]
 
     def _counts(self, batch: Batch) -> Tensor:
         """What the sums are divided by: labels of each head, then of the language model."""

@@ -118,9 +118,9 @@ def test_hidden_cache_changes_no_numbers_and_computes_each_row_once(backbone, mo
     rows_computed = []
     compute = backbone.trainable_hidden_states
 
-    def counted(ids_BT, position_ids_BT):
+    def counted(ids_BT, rows):
         rows_computed.append(len(ids_BT))
-        return compute(ids_BT, position_ids_BT)
+        return compute(ids_BT, rows)
 
     monkeypatch.setattr(backbone, "trainable_hidden_states", counted)
     trainer = make_trainer(backbone, epochs=3, hidden_cache_gib=0.1, hidden_cache_on=home)
