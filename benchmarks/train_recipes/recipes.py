@@ -53,6 +53,11 @@ FULL = Recipe(
     start="m1-soft-4layers",
     references=True,
 )
+GENTLE = replace(
+    FULL,
+    about="Medusa-2, all weights at a 16th of the heads' rate, soft targets, lambda 0.1",
+    joint=JointConfig(method="full", rank=1, heads_weight=0.1, heads_lr_scale=16.0),
+)
 LORA = replace(
     FULL,
     about="Medusa-2, LoRA r64, soft targets, lambda 0.2",
@@ -91,10 +96,17 @@ RECIPES = {
     "m2-full": FULL,
     "m2-full-low": weighing(FULL, "Medusa-2, all weights, soft targets, lambda 0.03", 0.03),
     "m2-full-high": weighing(FULL, "Medusa-2, all weights, soft targets, lambda 0.3", 0.3),
+    "m2-full-gentle": GENTLE,
     "m2-lora": LORA,
     "m2-lora-low": weighing(LORA, "Medusa-2, LoRA r64, soft targets, lambda 0.05", 0.05),
     "m2-hydra": replace(
         FULL, about="Hydra, all weights, soft targets, lambda 0.1", kind="hydra", start="hydra-soft-4layers"
+    ),
+    "m2-hydra-gentle": replace(
+        GENTLE,
+        about="Hydra, all weights at a 16th of the heads' rate, soft targets, lambda 0.1",
+        kind="hydra",
+        start="hydra-soft-4layers",
     ),
     "m2-paper": Recipe(
         about="Medusa-2 as in the paper: LoRA r32, tokens, lambda 0.2, on heads of m1-paper",
