@@ -165,7 +165,16 @@ def attentions() -> list[Case]:
                 num_kv_heads=model.groups, processors=PROCESSORS[capability],
             )  # fmt: skip
             for fresh in (False, True) if most <= 128 else (False,):
-                kind = (group, plan.rows, plan.columns, plan.tree_columns, plan.splits > 1, most > 128, fresh)
+                kind = (
+                    group,
+                    plan.rows,
+                    plan.columns,
+                    plan.tree_columns,
+                    plan.splits > 1,
+                    plan.merges,
+                    most > 128,
+                    fresh,
+                )
                 cases.setdefault(str(kind), _attention(model, plan, chain=most > 128, fresh=fresh))
     sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
     tree, chained = AttentionPlan.of(chain=False, **sizes), replace(plan, splits=4)
