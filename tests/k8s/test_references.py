@@ -199,3 +199,17 @@ def test_dockerfiles_copy_what_is_there_and_do_not_run_as_root() -> None:
         assert "wget" in text  # KubeRay's probes
         packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
         assert packages <= {source.name for source in sources}
+
+
+def test_compiled_kernels_lie_on_a_volume_that_replicas_may_write(manifests: list[dict[str, Any]]) -> None:
+    spec = the(manifests, "RayService", "medusa")["spec"]["rayClusterConfig"]
+    for group in spec["workerGroupSpecs"]:
+        (container,) = containers(group["template"])
+        environment = {one["name"]: one.get("value") for one in container.get("env", [])}
+        uses_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+        assert ("TRITON_CACHE_DIR" in environment) == uses_gpu
+        if uses_gpu:
+            (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == environment["TRITON_CACHE_DIR"]]
+            assert not mount.get("readOnly", False)
+            claims = {v["name"]: v.get("persistentVolumeClaim") for v in group["template"]["spec"]["volumes"]}
+            assert claims[mount["name"]] is not None
