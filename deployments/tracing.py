@@ -121,6 +121,8 @@ class DescribeSpans:
         if scope["type"] != "http" or scope["path"] not in OPERATIONS or not span.is_recording():
             await self._app(scope, receive, send)
             return
+        if scope.get("query_string"):
+            span.set_attribute("url.query", "REDACTED")  # FastAPI's has it as it came; some clients put keys there
         status = 0
 
         async def send_and_describe(message: Message) -> None:

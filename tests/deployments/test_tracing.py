@@ -193,6 +193,16 @@ def test_a_request_leaves_one_span_with_the_figures_of_its_answer_and_of_the_met
     assert "Paris" not in str(span) and "capital" not in str(span)  # no prompt, no reply
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/completions", 200), ("/v1/chat/completions", 400)])
+def test_what_a_client_puts_into_the_address_is_not_told(scripted_url, collector, path, status):
+    headers = {"X-Request-ID": f"query-{status}"}
+    answer = httpx.post(f"{scripted_url}{path}?api_key=sk-hidden&x=capital", json={"prompt": "x"}, headers=headers)
+    assert answer.status_code == status
+    span = collector.find(f"query-{status}")
+    assert attributes_of(span)["url.query"] == "REDACTED"
+    assert "sk-hidden" not in str(span) and "capital" not in str(span)
+
+
 def test_several_prompts_and_replies_are_one_span(served, collector):
     body = {"prompt": ["one", "two"], "n": 2, "max_tokens": 5, "ignore_eos": True}
     answer = httpx.post(f"{served}/v1/completions", json=body, headers={"X-Request-ID": "many"}, timeout=30).json()
