@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from fastapi import FastAPI
@@ -60,48 +61,51 @@ def load_service(
     send_request_id: bool = True,
     load: Callable[[ServerConfig], Engine] = load_engine,
 ) -> LoadedService:
-    """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...)."""
+    """Loads and starts. Raises what a model that cannot be served raises (CheckpointError, ConfigError, ...); nothing
+    that was started is left then."""
     started = time.perf_counter()
     endpoint = config.otlp_traces_endpoint
-    tracing = Tracing(endpoint, replica=replica) if endpoint else None  # first: it may be asked for in vain
-    heads = verified(config.heads_config)
-    engine = load(config)
-    try:
+    with ExitStack() as undo:  # ends what has been started where a later part fails
+        tracing = Tracing(endpoint, replica=replica) if endpoint else None  # first: it may be asked for in vain
+        if tracing is not None:
+            undo.callback(tracing.close)
+        heads = verified(config.heads_config)
+        engine = load(config)
+        undo.callback(engine.close)
         _check_digest(config, engine.backbone.digest)
-    except BaseException:
-        engine.close()
-        raise
-    running = AsyncEngine(
-        engine,
-        max_queued=config.max_queued_requests,
-        max_queued_tokens=config.max_queued_tokens,
-        stall_timeout_s=config.stall_timeout_s,
-        metrics=Metrics(config.served_name, replica=replica),
-        heads=heads,
-        pace=Pace(seconds=config.merge_chunks_s),
-    )
-    api = build_api(
-        running,
-        engine.tokenizer,
-        config.served_name,
-        served={
-            "backbone": engine.backbone.name,
-            "backbone_digest": engine.backbone.digest,
-            "quantization": config.quantization,
-        },
-        request_timeout_s=config.request_timeout_s,
-        max_body_bytes=config.max_body_bytes,
-        body_timeout_s=config.body_timeout_s,
-        tool_notation=config.tool_notation,
-        api_key_hashes=config.all_key_hashes(),
-        send_request_id=send_request_id,
-        tracing=tracing,
-    )
-    samples = SamplingLog(config.sampling, replica) if config.sampling else None
-    if samples is not None:
-        api.add_middleware(SampleRequests, log=samples)
-    _tell_start(config, engine, time.perf_counter() - started)
-    return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples, tracing)
+        running = AsyncEngine(
+            engine,
+            max_queued=config.max_queued_requests,
+            max_queued_tokens=config.max_queued_tokens,
+            stall_timeout_s=config.stall_timeout_s,
+            metrics=Metrics(config.served_name, replica=replica),
+            heads=heads,
+            pace=Pace(seconds=config.merge_chunks_s),
+        )
+        undo.callback(running.close)
+        api = build_api(
+            running,
+            engine.tokenizer,
+            config.served_name,
+            served={
+                "backbone": engine.backbone.name,
+                "backbone_digest": engine.backbone.digest,
+                "quantization": config.quantization,
+            },
+            request_timeout_s=config.request_timeout_s,
+            max_body_bytes=config.max_body_bytes,
+            body_timeout_s=config.body_timeout_s,
+            tool_notation=config.tool_notation,
+            api_key_hashes=config.all_key_hashes(),
+            send_request_id=send_request_id,
+            tracing=tracing,
+        )
+        samples = SamplingLog(config.sampling, replica) if config.sampling else None
+        if samples is not None:
+            api.add_middleware(SampleRequests, log=samples)
+        _tell_start(config, engine, time.perf_counter() - started)
+        undo.pop_all()
+        return LoadedService(running, api, HeadsSlot(running, engine.backbone), samples, tracing)
 
 
 def _check_digest(config: ServerConfig, digest: str) -> None:

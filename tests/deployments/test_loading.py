@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
+
 import pytest
 
 from deployments import loading
@@ -9,6 +12,7 @@ from deployments.config import ServerConfig
 from deployments.loading import load_service
 from medusa import Engine, weights
 from medusa.checkpoint import CheckpointMismatchError
+from medusa.config import ConfigError
 
 
 @pytest.fixture
@@ -80,3 +84,20 @@ def test_weights_that_cannot_be_read_to_their_end_are_not_served(
     monkeypatch.setattr(weights, "weights_digest", fail)
     with pytest.raises(OSError, match="Input/output error"):
         load_service(config_of(tiny_llama, heads=str(tiny_heads) if with_heads else None))
+
+
+def test_what_was_started_ends_where_a_later_part_fails(tiny_llama, tmp_path):
+    def threads():
+        return {
+            thread
+            for thread in threading.enumerate()
+            if thread.name in ("medusa-engine", "OtelBatchSpanRecordProcessor")
+        }
+
+    before, config = threads(), config_of(tiny_llama, otlp_traces_endpoint="http://127.0.0.1:9/v1/traces")
+    service = load_service(config)
+    assert len(threads() - before) == 2
+    service.close()
+    with pytest.raises(ConfigError, match="api_key_file .* cannot be read"):
+        load_service(replace(config, api_key_file=str(tmp_path / "none")))
+    assert threads() <= before
