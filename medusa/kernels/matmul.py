@@ -247,7 +247,7 @@ def matmul(
     _matmul[grid](
         x, values, scale, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), AHEAD=_ahead(tiles, even, pdl), PDL=pdl, num_warps=tiles.warps,
+        PRECISION=_precision(x), AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps,
         num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
@@ -278,7 +278,8 @@ def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles, *, p
     _gated[grid](
         x, values, scale, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        AHEAD=_ahead(tiles, even, pdl), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
+        AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x),
+        **options(pdl),
     )  # fmt: skip
     return out
 
@@ -287,9 +288,11 @@ def _parts(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
-def _ahead(tiles: Tiles, even: bool, pdl: bool) -> int:
-    """Columns of the weight to ask for before the inputs are there: with few rows the memory bus is idle then."""
-    return AHEAD_COLUMNS if pdl and even and tiles.rows_x == 16 else 0
+def _ahead(tiles: Tiles, size: int, even: bool, pdl: bool) -> int:
+    """Columns of the weight to ask for before the inputs are there: with few rows the memory bus is idle then. None of
+    a weight whose splits have fewer: the last row's would lie behind its end."""
+    fits = size >= AHEAD_COLUMNS * tiles.splits
+    return AHEAD_COLUMNS if pdl and even and fits and tiles.rows_x == 16 else 0
 
 
 def _precision(x: torch.Tensor) -> str:

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch.nn import functional
 
-from medusa.kernels.matmul import LARGEST_MATRIX, LIBRARY_ROWS, Tiles, gated, matmul, plan_gated, plan_product, product
+from medusa.kernels import matmul as kernels
+from medusa.kernels.matmul import (
+    AHEAD_COLUMNS,
+    LARGEST_MATRIX,
+    LIBRARY_ROWS,
+    Tiles,
+    gated,
+    matmul,
+    plan_gated,
+    plan_product,
+    product,
+)
 
 NAN = float("nan")
 
@@ -73,6 +84,30 @@ def test_plans_leave_to_the_library_what_is_too_large():
     assert plan_product(1, LARGEST_MATRIX // 4096 - 1, 4096, may_split=False) is not None
     assert plan_gated(16) is not None and plan_gated(17) is None  # the library's two products are faster at 32 rows
     assert plan_gated(64) is not None and plan_gated(65) is None
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 1024])
+def test_what_is_asked_for_ahead_lies_within_the_weight(size, monkeypatch):
+    """With few rows and dependent launch only; the launch is looked at, not made."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **constants: launched.append((grid, constants))
+
+    monkeypatch.setattr(kernels, "_matmul", Kernel())
+    monkeypatch.setattr(kernels, "_gated", Kernel())
+    x, weight, _ = operands(4, 256, size)
+    for rows, pdl in ((4, True), (4, False), (20, True)):
+        for may_split in (False, True):
+            tiles = plan_product(rows, 256, size, may_split=may_split)
+            out = torch.empty(tiles.splits, rows, 256) if tiles.splits > 1 else torch.empty(rows, 256)
+            matmul(x[:1].expand(rows, size), weight, out, tiles, pdl=pdl)
+            (_, _, splits), constants = launched.pop()
+            assert (splits - 1) * constants["PER"] + constants["AHEAD"] <= size
+            assert (constants["AHEAD"] == AHEAD_COLUMNS) == (pdl and rows <= 16 and size >= AHEAD_COLUMNS)
+    gated(x, weight, torch.empty(4, 128), plan_gated(4), pdl=True)
+    assert launched.pop()[1]["AHEAD"] == (AHEAD_COLUMNS if size >= AHEAD_COLUMNS else 0)
 
 
 def test_a_bias_or_another_number_of_sums_is_refused():
