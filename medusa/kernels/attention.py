@@ -218,9 +218,9 @@ def registers(rows: int, group: int, *, merges: bool, pdl: bool) -> dict[str, in
     those are too few. With 168 three programs of 128 threads fit a multiprocessor at once."""
     if rows > 32:
         return {}
-    if not pdl or group > 1:
+    if not pdl or group > 1 or rows > 16:
         return {"maxnreg": 255}
-    return {"maxnreg": 168} if rows <= 16 and merges else {}
+    return {"maxnreg": 168} if merges else {}
 
 
 def attend(
