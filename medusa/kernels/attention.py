@@ -272,8 +272,8 @@ def attend(
         BT=plan.tree_columns, CHAIN=visible.bits_RNW is None, FRESH=rotation is not None,
         WINDOW=window is not None, SOFTCAP=softcap is not None,
         PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=plan.warps, num_stages=plan.stages, **registers(plan.rows, group, merges=plan.merges, pdl=pdl),
-        **options(pdl),
+        num_warps=plan.warps, num_stages=plan.stages_of(size, keys.element_size()),
+        **registers(plan.rows, group, merges=plan.merges, pdl=pdl), **options(pdl),
     )  # fmt: skip
     if plan.splits > 1 and not plan.merges:
         merge_splits(scratch, plan.splits, out_MHD, pdl=pdl)

@@ -14,6 +14,7 @@ MAX_SPLITS = 64
 MAX_ROWS = 64  # query rows of a tile
 UNEVEN = 4  # programs a processor below which whole tiles would leave processors idle at the launch's end
 PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
+PIPELINED_BYTES = 512  # of one head's key, up to which those tiles fit an A100's shared memory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class AttentionPlan:
         """Whether the last program of a tile to arrive merges its splits; many are merged by a launch of their own,
         where more programs share the work."""
         return self.splits == 2
+
+    def stages_of(self, head_size: int, element_size: int) -> int:
+        """Pipeline stages for a model's keys: large ones (a head of 256 in float32) leave no room for tiles ahead."""
+        return self.stages if triton.next_power_of_2(head_size) * element_size <= PIPELINED_BYTES else 2
 
     @classmethod
     def of(

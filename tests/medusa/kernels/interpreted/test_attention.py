@@ -150,6 +150,13 @@ def test_plans_stay_within_their_scratch():
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
+def test_keys_that_leave_no_room_for_tiles_ahead_have_two_stages():
+    sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
+    plan = AttentionPlan.of(chain=False, **sizes)
+    assert plan.stages_of(128, 4) == plan.stages_of(256, 2) == plan.stages > 2
+    assert plan.stages_of(256, 4) == plan.stages_of(160, 4) == 2
+
+
 def test_too_little_scratch_is_refused():
     batch = Batch(8, [3], heads=2, groups=2, size=16)
     scratch = Scratch(torch.empty(4, 2, 16), torch.empty(4, 2), torch.zeros(64, dtype=torch.int32))
