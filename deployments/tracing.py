@@ -44,12 +44,18 @@ class Answered:
 
 
 def check_endpoint(url: str) -> None:
-    """Raises ConfigError for what is no URL of HTTP."""
+    """Raises ConfigError for what is no URL of HTTP, or holds a password, which configurations and logs would show."""
     try:
         parts = urlsplit(url)
         is_http = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        names_user = "@" in parts.netloc
     except ValueError:
-        is_http = False
+        is_http = names_user = False
+    if names_user:
+        raise ConfigError(
+            "otlp_traces_endpoint holds a user or a password; give the address without, and what the collector asks "
+            "for in OTEL_EXPORTER_OTLP_HEADERS"
+        )
     if not is_http:
         raise ConfigError(
             f"otlp_traces_endpoint {url!r} is no URL of http or https; give the whole address that takes traces by "

@@ -385,6 +385,12 @@ def test_another_protocol_is_refused(monkeypatch):
         tracing_module.exporter_class()
 
 
+def test_an_endpoint_with_a_password_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_HEADERS") as refused:
+        ServerConfig(model="m", otlp_traces_endpoint="http://me:secret@collector:4318/v1/traces")
+    assert "secret" not in str(refused.value)
+
+
 def test_without_an_endpoint_the_sdk_is_not_even_imported(tiny_llama):
     script = (
         "import sys\n"
