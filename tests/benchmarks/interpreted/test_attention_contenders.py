@@ -18,9 +18,9 @@ from benchmarks.attention_contenders import Contender, Problem, Shape, error, me
 
 CPU = torch.device("cpu")
 SHAPES = [
-    Shape(batch=3, nodes=1, heads=4, groups=4, context=37, head_size=16, page_size=16),
-    Shape(batch=2, nodes=20, heads=4, groups=2, context=21, head_size=16, page_size=16),
-    Shape(batch=1, nodes=64, heads=4, groups=1, context=40, head_size=16, page_size=32),
+    Shape(batch=3, nodes=1, heads=4, groups=4, context=150, head_size=16, page_size=64),
+    Shape(batch=2, nodes=20, heads=4, groups=2, context=60, head_size=16, page_size=64),
+    Shape(batch=1, nodes=64, heads=4, groups=1, context=100, head_size=16, page_size=64),
 ]
 
 
