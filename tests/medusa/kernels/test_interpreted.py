@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.medusa.interpreter import ROOT, FolderRun, assert_passed, files_of, interpreted_results, needs_triton
+from tests.medusa.interpreter import (
+    ROOT,
+    FolderRun,
+    assert_passed,
+    files_of,
+    interpreted,
+    interpreted_results,
+    needs_triton,
+)
 
 FOLDER = Path(__file__).parent / "interpreted"
 
@@ -37,3 +45,12 @@ def test_medusa_imports_and_keeps_state_without_triton():
     code = "import sys; sys.modules['triton'] = None; import medusa.engine, medusa.kernels.state"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.timeout(660)
+def test_kernels_on_copies_pass_the_same_tests():
+    """As on a GPU, but for the device: what each launch takes and gives back passes the copies."""
+    counts, output = FolderRun.start(FOLDER, interpreted() | {"MEDUSA_KERNEL_DEVICE": "cpu"}).finished()
+    assert all(passed > 0 and failed == 0 for passed, failed in counts.values()), output

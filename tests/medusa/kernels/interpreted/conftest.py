@@ -1,17 +1,16 @@
 """Random steps to test the kernels on, in Triton's interpreter (../test_interpreted.py runs this folder).
 
 With MEDUSA_KERNEL_DEVICE=cuda and without TRITON_INTERPRET the same tests run the compiled kernels: every launch then
-takes copies of its tensors on that device, and copies back what they hold afterwards.
+takes copies of its tensors on that device (../on_device.py).
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ import torch
 
 from medusa.decoding import TreeBatch
 from medusa.kernels.state import Drafts, Emitted, RowState, Trees
+from tests.medusa.kernels.on_device import on_device
 
 CPU = torch.device("cpu")
 POISON = -7777
@@ -37,29 +37,6 @@ LAUNCHES = {
     "path": ["plan_paths", "read_paths", "take_guesses"],
     "seen": ["see", "add_silu"],
 }
-
-
-def on_device(launch: Callable[..., None], device: str) -> Callable[..., None]:
-    """The launch function on copies of its tensors, which come back changed as the kernels left them."""
-
-    @functools.wraps(launch)
-    def launched(*args: Any, **keywords: Any) -> None:
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def there(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                pairs.append((value, value.to(device, copy=True)))
-                return pairs[-1][1]
-            if is_dataclass(value):
-                return type(value)(**{field.name: there(getattr(value, field.name)) for field in fields(value)})
-            return value
-
-        launch(*map(there, args), **{name: there(value) for name, value in keywords.items()})
-        for here, copy in pairs:
-            if not torch.equal(here, copy.to(here.device)):
-                here.copy_(copy)
-
-    return launched
 
 
 if device := os.environ.get("MEDUSA_KERNEL_DEVICE"):
