@@ -3,7 +3,9 @@ Triton's interpreter (TRITON_INTERPRET=1) or, with MEDUSA_KERNEL_DEVICE=cuda, on
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -16,12 +18,16 @@ from tests.medusa.engine.test_swap import heads_of
 
 DEVICE = os.environ.get("MEDUSA_KERNEL_DEVICE", "cpu")
 PROMPTS = random_prompts([6, 25, 13, 4], seed=3)
-PARAMS = [
+GRAMMARS = [
     SamplingParams(max_tokens=5, temperature=0.0, prompt_logprobs=2, ignore_eos=True),
     SamplingParams(max_tokens=8, temperature=0.9, seed=3, grammar=Grammar("regex", "[a-c ]{20}")),
     SamplingParams(max_tokens=5, temperature=0.0, ignore_eos=True),
     SamplingParams(max_tokens=8, temperature=0.0, grammar=Grammar("regex", "ab"), min_tokens=6),  # it ends before
 ]
+PLAIN = [replace(params, grammar=None) for params in GRAMMARS]
+needs_llguidance = pytest.mark.skipif(
+    importlib.util.find_spec("llguidance") is None, reason="the extra `grammar` is not installed"
+)
 
 
 class GpuEngine(Engine):
@@ -48,12 +54,13 @@ def assert_same(ours, expected):
                 assert (entry.token_id, entry.logprob) == (wanted.token_id, pytest.approx(wanted.logprob, abs=1e-3))
 
 
+@pytest.mark.parametrize("params", [PLAIN, pytest.param(GRAMMARS, marks=needs_llguidance)], ids=["plain", "grammars"])
 @pytest.mark.parametrize("heads", [MedusaHeads, HydraHeads])
-def test_grammars_prompt_logprobs_and_other_heads(tiny_llama, heads):
+def test_prompt_logprobs_grammars_and_other_heads(tiny_llama, heads, params):
     reference, gpu = engine_of(Engine, tiny_llama, "cpu", heads), engine_of(GpuEngine, tiny_llama, DEVICE, heads)
-    assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))
+    assert_same(gpu.generate(PROMPTS, params), reference.generate(PROMPTS, params))
     for engine in (reference, gpu):
         checkpoint = heads_of(tiny_llama, 2, kind=heads)
         checkpoint.heads.to(engine.backbone.device)
         engine.swap_heads(checkpoint)
-    assert_same(gpu.generate(PROMPTS, PARAMS), reference.generate(PROMPTS, PARAMS))
+    assert_same(gpu.generate(PROMPTS, params), reference.generate(PROMPTS, params))
