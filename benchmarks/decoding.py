@@ -11,7 +11,6 @@ Results are written after every concurrency, so that a run that is cut short lea
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import sys
 import time
@@ -110,7 +109,7 @@ class DecodeBenchmark:
         if config.typical and self._checkpoint is not None:
             self._race_typical(self._engine(Typical()), budgets)
         if reference is not None:
-            _release_memory()  # of the engine's cache, without which Hugging Face has more room
+            hardware.release_memory()  # of the engine's cache, without which Hugging Face has more room
             self._race_peers(reference, assistant, budgets)
         self._write()
         return markdown(self._settings, self._rows, self._notes)
@@ -225,7 +224,7 @@ class DecodeBenchmark:
         return EngineContender(name, plain, temperature, engine, lambda e: e.set_speculation(size))
 
     def _engine(self, acceptance: Any) -> Engine:
-        _release_memory()
+        hardware.release_memory()
         config = self._config
         room = max(config.context, self._backbone.max_positions // 2) + config.max_tokens
         return Engine(
@@ -332,12 +331,6 @@ def _over(row: Row, plain: Row | None) -> Row:
 
 def _scaled(speed: Interval, base: float) -> Interval:
     return Interval(speed.median / base, speed.low / base, speed.high / base)
-
-
-def _release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 __all__ = ["DecodeBenchmark", "DecodeConfig"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import statistics
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from medusa.heads import MedusaHeads
+from medusa.heads import DraftHeads
 from medusa.model import Backbone
 
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}  # far beyond any cache
@@ -36,15 +37,24 @@ def weight_bytes(backbone: Backbone) -> int:
     return read + (embedding.nbytes if embedding is backbone.lm_head_weight else 0)
 
 
-def heads_bytes(heads: MedusaHeads, backbone: Backbone) -> int:
-    """Of what the heads read; a shared vocabulary matrix is the LM head, read a second time."""
+def heads_bytes(heads: DraftHeads, backbone: Backbone) -> int:
+    """Of what the heads read; a shared vocabulary matrix is the LM head, read again: once for all Medusa heads, once
+    for each of heads that see their path, which wait for each other."""
     own = sum(parameter.nbytes for parameter in heads.parameters())
-    return own + (backbone.lm_head_weight.nbytes if heads.config.vocabulary == "shared" else 0)
+    times = heads.config.num_heads if heads.sees_path else 1
+    return own + (times * backbone.lm_head_weight.nbytes if heads.config.vocabulary == "shared" else 0)
 
 
 def kv_bytes_per_token(backbone: Backbone) -> int:
     kv_heads, head_size = backbone.kv_shape
     return 2 * backbone.num_layers * kv_heads * head_size * backbone.lm_head_weight.itemsize
+
+
+def release_memory() -> None:
+    """Gives back what no object holds any more: an engine's cache is sized by what the driver says is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def idle_share(work: Callable[[], object], device: torch.device) -> float | None:

@@ -6,14 +6,13 @@ the policy has no part. A step's time is the median of consecutive steps, host i
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,28 +21,35 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.backbones import check_dtype, load_timed
-from benchmarks.inflate import inflate_checkpoint
 from benchmarks.results import write_atomically
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
 from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta
 from medusa.config import ConfigError
+from medusa.heads import DraftHeads, Vocabulary
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
 
-VOCABULARIES = ("shared", "own")
+HEADS: dict[str, tuple[type[DraftHeads], Vocabulary]] = {
+    "shared": (MedusaHeads, "shared"),
+    "own": (MedusaHeads, "own"),
+    "hydra": (HydraHeads, "shared"),
+}
 NUM_HEADS = 4
 ACCURACY = [[0.5 / (k + 1) ** 0.5 * 0.5**rank for rank in range(8)] for k in range(NUM_HEADS)]
 WARM_STEPS = 6
 PROFILED_STEPS = 5
 MAX_NODES = 64
 MIN_REPEATS = 3
+NOISE = 0.02
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """`batch` sequences with `nodes` nodes each. `over_plain` is over the step of one node a sequence; `of_copy` the
-    bytes that it has to read over its time, as a share of the copy rate."""
+    """`batch` sequences with `nodes` nodes each and `heads` of HEADS. `over_plain` is over the step of one node a
+    sequence; `of_copy` the bytes that it has to read over its time, as a share of the copy rate (all heads', though a
+    step of fewer than five nodes asks not all of Hydra's)."""
 
     heads: str
     batch: int
@@ -85,8 +91,8 @@ class StepsConfig:
     kv_cache_gb: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.heads or not set(self.heads) <= set(VOCABULARIES):
-            raise ConfigError(f"--heads lists {' and '.join(VOCABULARIES)}, got {','.join(self.heads)!r}")
+        if not self.heads or not set(self.heads) <= set(HEADS):
+            raise ConfigError(f"--heads lists any of {', '.join(HEADS)}, got {','.join(self.heads)!r}")
         check_dtype(self.dtype)
         if self.repeats < MIN_REPEATS or self.context < 1:
             raise ConfigError(
@@ -99,31 +105,44 @@ class StepsConfig:
 def time_steps(config: StepsConfig) -> str:
     """Times every shape, writing after each, and returns the Markdown page."""
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    small, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
+    _, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
     settings = _settings(backbone, config)
     rows: list[StepRow] = []
     kernels: list[KernelRow] = []
-    for vocabulary in config.heads:
-        checkpoint = _fresh_heads(small, vocabulary, tokenizer)
-        if backbone is not small:
-            checkpoint = inflate_checkpoint(checkpoint, backbone)
-        engine = Engine(
-            backbone,
-            tokenizer,
-            checkpoint,
-            max_batch_size=max(batch for batch, _ in config.shapes),
-            kv_cache_gb=config.kv_cache_gb,
-            speculation="off",
-        )
-        for batch, nodes in config.shapes:
-            timed = _measure(engine, batch, nodes, config)
-            rows.append(_row(checkpoint, engine, batch, nodes, timed, rows, settings))
-            kernels += [KernelRow(vocabulary, batch, nodes, *each) for each in timed.kernels]
-            print(f"{vocabulary} {batch} x {nodes}: {rows[-1].step_ms:.3f} ms", file=sys.stderr, flush=True)
+    for heads in config.heads:
+        hardware.release_memory()  # of the engine before, from whose room the next one's cache is cut
+        for row, its_kernels in _time_heads(heads, backbone, tokenizer, config, settings["copy rate, GB/s"] * 1e9):
+            rows.append(row)
+            kernels += its_kernels
+            print(f"{heads} {row.batch} x {row.nodes}: {row.step_ms:.3f} ms", file=sys.stderr, flush=True)
             _write(config.out, settings, rows, kernels)
-        del engine, checkpoint  # the next engine needs the room of its cache and graphs
-        gc.collect()
     return _markdown(settings, rows, kernels)
+
+
+def _time_heads(
+    name: str, backbone: Backbone, tokenizer: ChatTokenizer, config: StepsConfig, copy_rate: float
+) -> Iterator[tuple[StepRow, list[KernelRow]]]:
+    """Each shape with an engine that is gone at the end."""
+    checkpoint = _fresh_heads(backbone, name, tokenizer)
+    engine = Engine(
+        backbone,
+        tokenizer,
+        checkpoint,
+        max_batch_size=max(batch for batch, _ in config.shapes),
+        kv_cache_gb=config.kv_cache_gb,
+        speculation="off",
+    )
+    plain_ms: dict[int, float] = {}
+    for batch, nodes in config.shapes:
+        timed = _measure(engine, batch, nodes, config)
+        low, median, high = (1e3 * seconds for seconds in statistics.quantiles(timed.seconds, n=4))
+        over_plain = median / plain_ms[batch] if batch in plain_ms else None
+        if nodes == 1:
+            plain_ms.setdefault(batch, median)
+        read = hardware.weight_bytes(backbone) + batch * timed.context * hardware.kv_bytes_per_token(backbone)
+        read += hardware.heads_bytes(checkpoint.heads, backbone) if nodes > 1 else 0
+        row = StepRow(name, batch, nodes, median, low, high, over_plain, read / (median / 1e3) / copy_rate)
+        yield row, [KernelRow(name, batch, nodes, *each) for each in timed.kernels]
 
 
 @dataclass(frozen=True)
@@ -185,39 +204,21 @@ def _profiled(engine: Engine) -> list[tuple[str, float, float, float]]:
     return sorted(found, key=lambda each: -each[3])
 
 
-def _fresh_heads(backbone: Backbone, vocabulary: Any, tokenizer: ChatTokenizer) -> Checkpoint:
-    """Untrained heads: they cost what trained ones do."""
+def _fresh_heads(backbone: Backbone, name: str, tokenizer: ChatTokenizer) -> Checkpoint:
+    """Untrained heads: they cost what trained ones do. Noise in their blocks, so that no kernel sees zeros."""
+    kind, vocabulary = HEADS[name]
     config = HeadsConfig(
         num_heads=NUM_HEADS,
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
         vocabulary=vocabulary,
     )
-    heads = MedusaHeads.initialised(config, backbone.lm_head_weight).to(backbone.device, backbone.dtype).eval()
+    heads = kind.initialised(config, backbone.lm_head_weight).eval().requires_grad_(False)
+    generator = torch.Generator(backbone.device).manual_seed(0)
+    for block in (head[0] for head in heads):  # type: ignore[index]
+        block.linear.weight.normal_(0, NOISE, generator=generator)
     reference = BackboneRef(name=backbone.name, weights_digest=backbone.digest, tokenizer_digest=tokenizer.digest)
-    return Checkpoint(heads.requires_grad_(False), CheckpointMeta.of(heads, reference))
-
-
-def _row(
-    checkpoint: Checkpoint,
-    engine: Engine,
-    batch: int,
-    nodes: int,
-    timed: _Timed,
-    rows: Sequence[StepRow],
-    settings: dict[str, Any],
-) -> StepRow:
-    backbone, heads = engine.backbone, checkpoint.heads
-    assert isinstance(heads, MedusaHeads)
-    vocabulary = heads.config.vocabulary
-    low, median, high = statistics.quantiles(timed.seconds, n=4)
-    plain = next((r.step_ms for r in rows if (r.heads, r.batch, r.nodes) == (vocabulary, batch, 1)), None)
-    bytes_read = hardware.weight_bytes(backbone) + batch * timed.context * hardware.kv_bytes_per_token(backbone)
-    bytes_read += hardware.heads_bytes(heads, backbone) if nodes > 1 else 0
-    of_copy = bytes_read / median / (settings["copy rate, GB/s"] * 1e9)
-    return StepRow(
-        vocabulary, batch, nodes, 1e3 * median, 1e3 * low, 1e3 * high, 1e3 * median / plain if plain else None, of_copy
-    )
+    return Checkpoint(heads, CheckpointMeta.of(heads, reference))
 
 
 def _settings(backbone: Backbone, config: StepsConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cli.main import app
 from medusa import Engine, Typical
 from medusa.checkpoint import save_checkpoint
 from medusa.config import ConfigError
+from medusa.hydra import HydraHeads
 from tests.medusa.engine.support import TREES, build_engine, checkpoint_of, hugging_face, load, load_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -195,6 +196,9 @@ def test_bytes_of_a_step(tiny_llama: Path) -> None:
     blocks = 4 * (64 * 64 + 64) * 4
     assert hardware.heads_bytes(own, backbone) == blocks + 4 * matrix
     assert hardware.heads_bytes(shared, backbone) == blocks + matrix
+    hydra = HydraHeads.initialised(shared.config, backbone.lm_head_weight)
+    paths = ((2 + 3 + 4 + 5) * 64 * 64 + 4 * 64) * 4
+    assert hardware.heads_bytes(hydra, backbone) == paths + 4 * matrix  # one head after another
 
 
 def test_the_copy_rate_is_of_this_machine(monkeypatch) -> None:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import hardware
+from benchmarks import hardware, stepping
 from benchmarks.stepping import StepsConfig, time_steps
 from cli.main import app
+from medusa import Engine, MedusaHeads
 from medusa.config import ConfigError
+from medusa.heads import DraftHeads
+from medusa.hydra import HydraHeads
 from tests.medusa.engine.support import load
+
+HEADS = ("shared", "own", "hydra")
 
 
 def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(hardware.COPY_BYTES, "cpu", 2**20)
     shapes = ((1, 1), (1, 8), (2, 4), (2, 1))
     config = StepsConfig(
-        out=tmp_path, shapes=shapes, model=str(tiny_llama), heads=("shared", "own"), context=30, repeats=5, device="cpu"
+        out=tmp_path, shapes=shapes, model=str(tiny_llama), heads=HEADS, context=30, repeats=5, device="cpu"
     )
     page = time_steps(config)
     content = json.loads((tmp_path / "steps.json").read_text())
     rows = content["rows"]
-    assert [(r["heads"], r["batch"], r["nodes"]) for r in rows] == [(h, *s) for h in ("shared", "own") for s in shapes]
+    assert [(r["heads"], r["batch"], r["nodes"]) for r in rows] == [(h, *s) for h in HEADS for s in shapes]
     for row in rows:
         assert 0 < row["low_ms"] <= row["step_ms"] <= row["high_ms"]
     by = {(r["heads"], r["batch"], r["nodes"]): r for r in rows}
@@ -35,23 +41,72 @@ def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path
     read = hardware.weight_bytes(backbone) + (30 + 6 + 2.5) * hardware.kv_bytes_per_token(backbone)
     rate = content["settings"]["copy rate, GB/s"] * 1e9
     assert plain["of_copy"] == pytest.approx(read / (plain["step_ms"] / 1e3) / rate)
-    assert page == (tmp_path / "steps.md").read_text() and "| 1 x 8 | own |" in page
+    for heads, copies in (("shared", 1), ("own", 0), ("hydra", 4)):  # reads of the LM head's matrix by the heads
+        row = by[heads, 1, 8]
+        blocks = 4 * (64 * 64 + 64) * 4 if heads != "hydra" else ((2 + 3 + 4 + 5) * 64 * 64 + 4 * 64) * 4
+        its = copies * backbone.lm_head_weight.nbytes if copies else 4 * backbone.lm_head_weight.nbytes
+        assert row["of_copy"] == pytest.approx((read + blocks + its) / (row["step_ms"] / 1e3) / rate)
+    assert page == (tmp_path / "steps.md").read_text()
+    assert all(f"| 1 x 8 | {heads} |" in page for heads in HEADS)
+
+
+def test_each_engine_is_gone_before_the_next_is_made(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    """A GPU's cache is sized by what is free: what the first left in the allocator would make the second's smaller."""
+    monkeypatch.setitem(hardware.COPY_BYTES, "cpu", 2**20)
+    made: list[weakref.ref[Engine]] = []
+    held: list[tuple[type[DraftHeads], int]] = []
+    cleared: list[int] = []
+
+    class Recorded(Engine):
+        def __init__(self, backbone, tokenizer, checkpoint, **options) -> None:
+            held.append((type(checkpoint.heads), sum(engine() is not None for engine in made)))
+            assert len(cleared) == len(held)  # emptied once for each engine, before it is made
+            super().__init__(backbone, tokenizer, checkpoint, **options)
+            made.append(weakref.ref(self))
+
+    release = hardware.release_memory
+
+    def released() -> None:
+        release()
+        cleared.append(sum(engine() is not None for engine in made))
+
+    monkeypatch.setattr(stepping, "Engine", Recorded)
+    monkeypatch.setattr(hardware, "release_memory", released)
+    time_steps(
+        StepsConfig(
+            out=tmp_path, shapes=((1, 2),), model=str(tiny_llama), heads=HEADS, context=8, repeats=3, device="cpu"
+        )
+    )
+    assert held == [(MedusaHeads, 0), (MedusaHeads, 0), (HydraHeads, 0)]
+    assert cleared == [0, 0, 0]
+
+
+def test_heads_are_of_the_kind_asked_for_and_hold_no_zeros(tiny_llama: Path) -> None:
+    backbone, tokenizer = load(tiny_llama)
+    for name, kind, vocabulary in (
+        ("shared", MedusaHeads, "shared"),
+        ("own", MedusaHeads, "own"),
+        ("hydra", HydraHeads, "shared"),
+    ):
+        heads = stepping._fresh_heads(backbone, name, tokenizer).heads
+        assert type(heads) is kind and heads.config.vocabulary == vocabulary
+        assert all((head[0].linear.weight != 0).float().mean() > 0.99 for head in heads)
 
 
 def test_a_larger_shape_is_timed_by_the_command(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(hardware.COPY_BYTES, "cpu", 2**20)
     arguments = ["bench", "steps", "--model", tiny_llama, "--inflate", "tiny-test", "--shapes", "1x1,2x16"]
-    arguments += ["--context", "20", "--repeats", "3", "--device", "cpu", "--out", tmp_path]
+    arguments += ["--heads", "shared,hydra", "--context", "20", "--repeats", "3", "--device", "cpu", "--out", tmp_path]
     done = CliRunner().invoke(app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "steps.json").read_text())["settings"]["model"].endswith("@tiny-test")
-    assert "| 2 x 16 | shared |" in done.output
+    assert "| 2 x 16 | shared |" in done.output and "| 2 x 16 | hydra |" in done.output
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"heads": ("mine",)}, "--heads lists shared and own, got 'mine'"),
+        ({"heads": ("mine",)}, "--heads lists any of shared, own, hydra, got 'mine'"),
         ({"shapes": ((1, 65),)}, "1 to 64 nodes"),
         ({"shapes": ((0, 1),)}, "at least one sequence"),
         ({"repeats": 2}, "--repeats is at least 3"),
