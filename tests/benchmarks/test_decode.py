@@ -269,6 +269,7 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     assert files == ["decode.json", "decode.md", "over_plain.png", "step_ms.png", "tokens_per_second.png"]
 
 
+@pytest.mark.slow
 def test_a_small_model_is_measured_in_a_larger_shape(
     tiny_llama: Path, heads: Path, prompt_file: Path, tmp_path
 ) -> None:

@@ -325,6 +325,7 @@ def measured(name: str, config: ScaleConfig) -> dict[tuple[str, int], Point]:
     return {(found.series, found.workers): found for found in bench._measure_of(name)(config, Deadline(240.0))}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_part_that_waits_for_ray_is_broken_off(ray_cluster):
     together = ray.remote(num_cpus=0)(Together).remote(2)

@@ -40,6 +40,7 @@ def start_of(total_s, state="empty", **changes):
     return Start(**{"repeat": 1, "compile_cache": state, "total_s": total_s, **parts, **beside, **changes})
 
 
+@pytest.mark.slow
 def test_a_replica_is_started_twice_a_repeat_and_its_parts_add_up(tiny_llama, tmp_path):
     config = ServerConfig(model=str(tiny_llama), speculation="off", device="cpu", max_batch_size=2)
     kept, said = [], []

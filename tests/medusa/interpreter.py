@@ -78,10 +78,11 @@ _started: dict[Path, FolderRun] = {}
 
 
 def start_early(folders: Iterable[Path]) -> None:
-    """Interpreted kernels are slow: their tests run beside the others that come before their results are asked for."""
+    """Interpreted kernels are slow: their tests run beside the others that come before their results are asked for.
+    Those marked as slow are left to a run of their own."""
     for folder in folders:
         if folder not in _started:
-            _started[folder] = FolderRun.start(folder, interpreted())
+            _started[folder] = FolderRun.start(folder, interpreted() | {"PYTEST_ADDOPTS": "-m 'not slow'"})
 
 
 def interpreted_results(folder: Path) -> tuple[dict[str, list[int]], str]:

@@ -221,6 +221,7 @@ def test_nothing_but_failures_stops_the_run(ray_cluster: None, tiny_llama: Path,
         run(tmp_path / "r", tiny_llama, config)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_block_that_always_kills_its_worker_stops_the_run(
     ray_cluster: None, tiny_llama: Path, tmp_path: Path

@@ -25,6 +25,13 @@ def test_the_gpus_engine_in_the_interpreter(results, file):
 
 
 @needs_triton
+@pytest.mark.slow
+def test_what_the_gpus_engine_takes_longer_for():
+    counts, output = FolderRun.start(FOLDER, interpreted() | {"PYTEST_ADDOPTS": "-m slow"}).finished(280)
+    assert sum(failed for _, failed in counts.values()) == 0 < sum(passed for passed, _ in counts.values()), output
+
+
+@needs_triton
 @pytest.mark.parametrize(("speed", "tests"), [("not slow", 1), pytest.param("slow", 2, marks=pytest.mark.slow)])
 def test_the_gpus_engine_in_two_processes(speed, tests):
     counts, output = FolderRun.start(TEAM, interpreted() | {"PYTEST_ADDOPTS": f"-m '{speed}'"}).finished(280)

@@ -187,6 +187,7 @@ def test_typical_acceptance(llama):
     assert max(completions[0].accepted_per_step) > 1
 
 
+@pytest.mark.slow
 def test_other_hydra_heads_are_taken_by_a_running_engine(llama):
     """They say anything but what the old ones said, and guess for the step that comes."""
     replies = []
@@ -226,6 +227,7 @@ def calibrated(checkpoint, guessed):
     return Checkpoint(checkpoint.heads, meta)
 
 
+@pytest.mark.slow
 def test_the_policy_chooses_trees_of_a_calibrated_ladder(llama):
     """Calibration says what each step of this runner accepts. Many nodes cost little in these step times, so that it
     speculates from the start."""
@@ -247,6 +249,7 @@ def test_the_policy_chooses_trees_of_a_calibrated_ladder(llama):
     assert max(map(max, accepted["auto"])) > 2
 
 
+@pytest.mark.slow
 def test_step_times_are_measured_at_the_start(llama):
     """Of the shapes that the policy may choose for the ladder's largest tree."""
     engine = build(GraphEngine, llama, speculation="auto", trees=(2, 4), max_batch_size=1, max_model_len=10)
