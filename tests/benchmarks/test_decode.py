@@ -344,6 +344,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_the_script_needs_no_cluster_nor_tracking() -> None:
     """A GPU machine without Ray, MLflow, FastAPI and openai runs it."""
     code = (

@@ -255,6 +255,7 @@ def test_two_workers_one_killed_give_the_losses_of_one_process(
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_failed_run_is_resumed_by_running_it_again(undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path) -> None:
