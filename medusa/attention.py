@@ -77,10 +77,12 @@ class PackedRows:
         return rows_RHTD.transpose(1, 2).flatten(0, 1)[self.slot_N][None]
 
 
-def _check_plain(module: torch.nn.Module, what: str, others: dict[str, Any]) -> None:
-    """Refuses a mask of the model's own, attention sinks, position biases, chosen blocks: all change what a token
-    attends to."""
+def _check_plain(module: torch.nn.Module, what: str, brought: object, others: dict[str, Any]) -> None:
+    """Refuses a model that did not hand down what its forward brought; and a mask of its own, attention sinks, position
+    biases, chosen blocks: all change what a token attends to."""
     kind = module.config.model_type  # type: ignore[union-attr]
+    if brought is None:
+        raise UnsupportedModelError(f"{kind} does not hand keyword arguments down to its attention")
     if not getattr(module, "is_causal", True):
         raise UnsupportedModelError(f"{kind} is not causal here; only decoders can carry Medusa heads")
     if asked := sorted(name for name, given in others.items() if given is not None and given is not False):
@@ -102,10 +104,8 @@ def _tree_attention(
     position_ids: torch.Tensor | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    if tree is None:
-        kind = module.config.model_type  # type: ignore[union-attr]
-        raise UnsupportedModelError(f"{kind} does not hand keyword arguments down to its attention")
-    _check_plain(module, "tree", others | {"attention_mask": attention_mask})
+    _check_plain(module, "tree", tree, others | {"attention_mask": attention_mask})
+    assert tree is not None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tree.attend(int(module.layer_idx), query, key, value, scaling, sliding_window, softcap), None  # type: ignore[arg-type]
 
@@ -127,22 +127,20 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Each row apart, padded to the longest for attention alone: a row's tokens see none behind them, so that neither
     padding nor neighbours need a mask, and kernels without one are the fast ones."""
-    if rows is None:
-        kind = module.config.model_type  # type: ignore[union-attr]
-        raise UnsupportedModelError(f"{kind} does not hand keyword arguments down to its attention")
-    _check_plain(module, "packed", others | {"attention_mask": attention_mask})
+    _check_plain(module, "packed", rows, others | {"attention_mask": attention_mask})
+    assert rows is not None
     query_RHTD, key_RGTD, value_RGTD = (rows.apart(heads) for heads in (query, key, value))
     length = query_RHTD.shape[2]
-    seen_TT = None
-    if softcap is not None or (sliding_window is not None and sliding_window < length):
-        seen_TT = _window(length, sliding_window, query.device)
     if softcap is not None:
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        seen_TT = _window(length, sliding_window, query.device)
         out_RHTD = _capped(query_RHTD, key_RGTD, value_RGTD, seen_TT, scaling, softcap)
     else:
+        is_cut = sliding_window is not None and sliding_window < length
         out_RHTD = functional.scaled_dot_product_attention(
-            query_RHTD, key_RGTD, value_RGTD, attn_mask=seen_TT, dropout_p=dropout, is_causal=seen_TT is None,
-            scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
+            query_RHTD, key_RGTD, value_RGTD,
+            attn_mask=_window(length, sliding_window, query.device) if is_cut else None, is_causal=not is_cut,
+            dropout_p=dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
     return rows.packed(out_RHTD), None
 
@@ -157,7 +155,7 @@ def _capped(
     query_RHTD: torch.Tensor,
     key_RGTD: torch.Tensor,
     value_RGTD: torch.Tensor,
-    seen_TT: torch.Tensor | None,
+    seen_TT: torch.Tensor,
     scaling: float,
     softcap: float,
 ) -> torch.Tensor:
@@ -165,7 +163,7 @@ def _capped(
     group = query_RHTD.shape[1] // key_RGTD.shape[1]
     key_RHTD, value_RHTD = (heads.repeat_interleave(group, 1) for heads in (key_RGTD, value_RGTD))
     scores_RHTT = softcap * torch.tanh(query_RHTD @ key_RHTD.mT * scaling / softcap)
-    scores_RHTT = scores_RHTT.masked_fill(~seen_TT, float("-inf"))  # type: ignore[operator]
+    scores_RHTT = scores_RHTT.masked_fill(~seen_TT, float("-inf"))
     weights_RHTT = scores_RHTT.softmax(-1, dtype=torch.float32).to(query_RHTD.dtype)
     return weights_RHTT @ value_RHTD
 

@@ -55,7 +55,7 @@ class AttentionPlan:
         """A plan that keeps the GPU's multiprocessors busy about twice over, for trees or for chains.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
-        plan spills registers (64 rows would on an A100, where the launch rotates too; on an H200 they are no faster).
+        plan spills registers with heads of 128 in 16 bits (64 rows would on an A100, where the launch rotates too).
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
