@@ -12,6 +12,7 @@ import torch
 
 from medusa.heads import DraftHeads
 from medusa.model import Backbone
+from medusa.quantized_linear import QuantizedLinear
 
 COPY_BYTES = {"cuda": 2 * 2**30, "cpu": 256 * 2**20}  # far beyond any cache
 REPEATS = 15
@@ -34,6 +35,8 @@ def weight_bytes(backbone: Backbone) -> int:
     embedding = backbone.model.get_input_embeddings().weight
     parameters = {id(p): p for p in backbone.model.parameters()}
     read = sum(p.nbytes for p in parameters.values() if p is not embedding)
+    quantised = (module for module in backbone.model.modules() if isinstance(module, QuantizedLinear))
+    read += sum(module.values.nbytes + module.scale.nbytes for module in quantised)
     return read + (embedding.nbytes if embedding is backbone.lm_head_weight else 0)
 
 

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 
@@ -28,6 +28,7 @@ from medusa.config import ConfigError
 from medusa.heads import DraftHeads, Vocabulary
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
+from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
 
@@ -36,6 +37,7 @@ HEADS: dict[str, tuple[type[DraftHeads], Vocabulary]] = {
     "own": (MedusaHeads, "own"),
     "hydra": (HydraHeads, "shared"),
 }
+QUANTIZATIONS = get_args(Quantization)
 NUM_HEADS = 4
 ACCURACY = [[0.5 / (k + 1) ** 0.5 * 0.5**rank for rank in range(8)] for k in range(NUM_HEADS)]
 WARM_STEPS = 6
@@ -86,6 +88,7 @@ class StepsConfig:
     context: int = 1000
     repeats: int = 40
     profile: bool = False
+    quantization: str | None = None
     dtype: str | None = None
     device: str | None = None
     kv_cache_gb: float | None = None
@@ -94,6 +97,8 @@ class StepsConfig:
         if not self.heads or not set(self.heads) <= set(HEADS):
             raise ConfigError(f"--heads lists any of {', '.join(HEADS)}, got {','.join(self.heads)!r}")
         check_dtype(self.dtype)
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"--quantization is one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
         if self.repeats < MIN_REPEATS or self.context < 1:
             raise ConfigError(
                 f"--repeats is at least {MIN_REPEATS} and --context at least 1, got {self.repeats} and {self.context}"
@@ -106,6 +111,8 @@ def time_steps(config: StepsConfig) -> str:
     """Times every shape, writing after each, and returns the Markdown page."""
     tokenizer = ChatTokenizer.from_pretrained(config.model)
     _, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
+    if config.quantization is not None:
+        backbone.quantize(cast(Quantization, config.quantization))
     settings = _settings(backbone, config)
     rows: list[StepRow] = []
     kernels: list[KernelRow] = []
@@ -225,6 +232,7 @@ def _settings(backbone: Backbone, config: StepsConfig) -> dict[str, Any]:
     return {
         "model": backbone.name,
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "quantization": backbone.quantization or "none",
         "device": hardware.device_name(backbone.device),
         "torch": torch.__version__,
         "copy rate, GB/s": round(hardware.copy_rate(backbone.device) / 1e9, 1),

@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from benchmarks import hardware, stepping
@@ -48,6 +49,24 @@ def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path
         assert row["of_copy"] == pytest.approx((read + blocks + its) / (row["step_ms"] / 1e3) / rate)
     assert page == (tmp_path / "steps.md").read_text()
     assert all(f"| 1 x 8 | {heads} |" in page for heads in HEADS)
+
+
+def test_weights_of_one_byte_are_timed_and_counted_as_such(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(hardware.COPY_BYTES, "cpu", 2**20)
+    config = StepsConfig(
+        out=tmp_path, shapes=((1, 1),), model=str(tiny_llama), context=8, repeats=3, device="cpu", quantization="int8"
+    )
+    time_steps(config)
+    content = json.loads((tmp_path / "steps.json").read_text())
+    assert content["settings"]["quantization"] == "int8"
+    whole, _ = load(tiny_llama)
+    linears = [m for m in whole.model.base_model.modules() if isinstance(m, torch.nn.Linear)]
+    saved = sum(linear.weight.nbytes - linear.weight.numel() - 4 * linear.out_features for linear in linears)
+    read = hardware.weight_bytes(whole) - saved + (8 + 6 + 1.5) * hardware.kv_bytes_per_token(whole)
+    row = content["rows"][0]
+    assert row["of_copy"] == pytest.approx(
+        read / (row["step_ms"] / 1e3) / (content["settings"]["copy rate, GB/s"] * 1e9)
+    )
 
 
 def test_each_engine_is_gone_before_the_next_is_made(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -111,6 +130,7 @@ def test_a_larger_shape_is_timed_by_the_command(tiny_llama: Path, tmp_path: Path
         ({"shapes": ((0, 1),)}, "at least one sequence"),
         ({"repeats": 2}, "--repeats is at least 3"),
         ({"dtype": "int4"}, "--dtype is one of"),
+        ({"quantization": "int4"}, "--quantization is one of int8, fp8, got 'int4'"),
     ],
 )
 def test_bad_options_are_named(options, problem, tmp_path: Path) -> None:
