@@ -51,7 +51,8 @@ class Engine:
     `acceptance`: "exact" (lossless at any temperature) or a `Typical` rule (lossy above temperature 0).
     `kv_cache_gb` sizes the cache, that of each process where several share the model; by default every row of the
     batch can reach `max_model_len`, on a GPU as far as its free memory goes. `max_prefill_tokens` bounds the prompt
-    tokens computed in one step, while other replies wait.
+    tokens that other replies wait for at each of their tokens: a step computes so many for each token that it gives a
+    reply, on average of late.
     `step_times`: a stored profile of this machine; without one, "auto" measures at the start.
     """
 

@@ -15,7 +15,7 @@ from medusa.tree import TokenTree
 
 MAX_NODES = 64  # the largest tree a step is sized for, unless the checkpoint has a larger one
 GUESS_WIDTH = 10  # guesses a head, unless a tree needs more (Medusa's TOPK)
-MAX_PREFILL_TOKENS = {"cuda": 512, "cpu": 256}  # a step: what the next tokens of the others wait for
+MAX_PREFILL_TOKENS = {"cuda": 512, "cpu": 256}  # what a token of the others waits for
 FREE_MEMORY_SHARE = 0.85  # of what a GPU has free when the cache is made; the rest is for a step's own tensors
 
 

@@ -20,6 +20,7 @@ from medusa.engine.step import PrefillChunk
 from medusa.tree import TokenTree
 
 ChooseTrees = Callable[[list[Sequence]], list[TokenTree]]  # a step's trees, one a sequence
+RECENT_STEPS = 8  # of a sequence, that tell how many tokens the next gives it
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,16 @@ class Plan:
 class Scheduler:
     """Sequences wait in order, take a row of the batch and pages as they need them, and leave.
 
-    A step writes up to `max_nodes` positions past a sequence's own; it prefills up to `max_prefill_tokens` in all.
+    A step writes up to `max_nodes` positions past a sequence's own; it prefills up to `max_prefill_tokens` in all for
+    each token that decoding gives a sequence in it. So prompts cost replies no more time a token than with plain
+    decoding, which gives one, and are computed no more slowly, though a step with trees takes longer.
     """
 
     def __init__(self, cache: KVCache, *, max_batch_size: int, max_nodes: int, max_prefill_tokens: int) -> None:
         self._cache = cache
         self._max_nodes = max_nodes
         self._max_prefill_tokens = max_prefill_tokens
+        self._left_over = 0.0  # of the last step's prefill budget, in parts of `max_prefill_tokens`
         self._rows = list(range(max_batch_size - 1, -1, -1))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -59,7 +63,7 @@ class Scheduler:
     def schedule(self, choose: ChooseTrees, *, may_preempt: bool = True) -> Plan | None:
         """The next step, with pages for all of it. None when pages run out and none may be taken from a sequence."""
         self.admit()
-        chunks = self._share_out_prefill()
+        chunks = self._share_out_prefill(self._prefill_budget())
         decoding = [s for s in self.running if _decodes(s, chunks.get(s))]
         trees = dict(zip(decoding, choose(decoding), strict=True)) if decoding else {}
         for sequence in list(self.running):
@@ -125,12 +129,27 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
 
-    def _share_out_prefill(self) -> dict[Sequence, PrefillChunk]:
-        """Chunks for the sequences that are being filled, the oldest first, within a step's budget of tokens.
+    def _prefill_budget(self) -> int:
+        """Prompt tokens of this step: whole times `max_prefill_tokens`, since a GPU pads its forwards; what that leaves
+        of a token's share is the next step's."""
+        if all(sequence.is_filled for sequence in self.running):
+            self._left_over = 0.0
+            return 0
+        shares = self._left_over + self._tokens_per_step()
+        self._left_over = shares % 1
+        return int(shares) * self._max_prefill_tokens
+
+    def _tokens_per_step(self) -> float:
+        """What a decode step has given a running sequence of late; 1 while there was none."""
+        decoding = (sequence for sequence in self.running if sequence.is_filled)
+        recent = [count for sequence in decoding for count in sequence.accepted_per_step[-RECENT_STEPS:]]
+        return sum(recent) / len(recent) if recent else 1.0
+
+    def _share_out_prefill(self, budget: int) -> dict[Sequence, PrefillChunk]:
+        """Chunks for the sequences that are being filled, the oldest first, within a budget of tokens.
 
         One whose next page an older one is about to compute waits for it, so that a text is computed once.
         """
-        budget = self._max_prefill_tokens
         chunks: dict[Sequence, PrefillChunk] = {}
         underway: set[bytes] = set()
         for sequence in (s for s in self.running if not s.is_filled):

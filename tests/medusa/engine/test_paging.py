@@ -9,6 +9,7 @@ from medusa import SamplingParams
 from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.engine.page_pool import TRASH_PAGE, chain
 from tests.medusa.engine.support import (
+    NUM_HEADS,
     TREES,
     Prepared,
     build_engine,
@@ -256,6 +257,27 @@ def test_a_long_prompt_holds_the_others_up_by_no_more_than_the_budget(tiny_llama
             name: count for name, count in replies.items() if name not in outputs
         }
     assert replies["short"] == 9 and replies["long"] > 0
+
+
+def test_speculation_gets_prompts_done_in_fewer_steps(tiny_llama):
+    """Under long prompts with short replies there are as many steps as prompts take, and one with trees costs more."""
+    prompts, params, budget = random_prompts([150] * 12, seed=65), greedy(max_tokens=30), 32
+    prepared = Prepared(build_engine(tiny_llama, max_batch_size=12), prompts, params, rate=1.0)
+    prefilled = {}
+    for size in (1, 64):
+        engine = build_engine(tiny_llama, max_batch_size=12, max_prefill_tokens=budget)
+        engine.checkpoint.heads.guess = prepared.oracle.guess
+        engine.set_tree(TREES[size])
+        names = [engine.add(prompt, params) for prompt in prompts]
+        replies, prefilled[size] = {name: [] for name in names}, []
+        while engine.has_unfinished():
+            before = engine.stats().prefill_tokens
+            for output in engine.step():
+                replies[output.request_id] += output.token_ids
+            prefilled[size].append(engine.stats().prefill_tokens - before)
+        assert list(replies.values()) == [c.token_ids for c in prepared.plain]
+    assert max(prefilled[1]) == budget < max(prefilled[64]) <= budget * (NUM_HEADS + 1)
+    assert len(prefilled[64]) < 0.7 * len(prefilled[1])
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -304,6 +304,46 @@ def test_a_steps_prefill_is_within_its_budget_and_the_oldest_comes_first(new_sch
     assert [names(plan.decoding) for plan in plans] == ["", "ab", "abc", "abc"]
 
 
+@pytest.mark.parametrize(
+    ("gives", "budgets"), [(1, [20, 20, 20, 20]), (2, [40, 40, 40, 40]), (2.5, [40, 60, 40, 60]), (4, [80, 80, 80, 80])]
+)
+def test_the_prefill_budget_grows_with_the_tokens_of_a_step(new_scheduler, wait, gives, budgets):
+    """In whole shares; what is left over is the next step's."""
+    scheduler = new_scheduler(num_pages=20, max_prefill_tokens=20)
+    runs = wait(scheduler, "a", prompt=[5])
+    step(scheduler)
+    runs.accepted_per_step = [int(gives), round(2 * gives) - int(gives)] * 4
+    wait(scheduler, "b", prompt=[6] * 500)
+    wait(scheduler, "c", prompt=[7] * 500)
+    for budget in budgets:
+        plan = scheduler.schedule(lambda sequences: [ROOT] * len(sequences))
+        assert sum(len(chunk.token_ids) for chunk in plan.chunks) == budget
+        for chunk in plan.chunks:
+            scheduler.note_launch(chunk)
+
+
+def test_only_recent_steps_of_replies_that_run_count_for_the_budget(new_scheduler, wait):
+    scheduler = new_scheduler(num_pages=20, max_prefill_tokens=20)
+    runs, again = wait(scheduler, "a", prompt=[5]), wait(scheduler, "b", prompt=[6] * 500)
+    again.accepted_per_step = [5] * 8  # it lost its pages: it waits for no prompts now
+    assert sizes(step(scheduler)) == {"a": (0, 1, True), "b": (0, 19, False)}
+    runs.accepted_per_step = [5] * 100 + [1] * 8
+    assert sizes(step(scheduler)) == {"b": (19, 20, False)}
+
+
+def test_nothing_of_the_budget_is_saved_up_while_there_are_no_prompts(new_scheduler, wait):
+    scheduler = new_scheduler(num_pages=20, max_prefill_tokens=20)
+    runs = wait(scheduler, "a", prompt=[5])
+    step(scheduler)
+    for name in "bc":
+        wait(scheduler, name, prompt=[ord(name)] * 40, max_new_tokens=1)
+        runs.accepted_per_step = [1, 2] * 4
+        assert sizes(step(scheduler)) == {name: (0, 20, False)}
+        runs.accepted_per_step = [1] * 8
+        assert sizes(step(scheduler)) == {name: (20, 20, True)}
+        assert sizes(step(scheduler)) == {}
+
+
 # Text that is in the cache already
 
 
