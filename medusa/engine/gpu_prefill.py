@@ -24,6 +24,7 @@ from medusa.kernels.attention_plan import Visible
 from medusa.kernels.state import Drafts
 
 SMALLEST = 16  # tokens that a launch is padded to; then powers of two
+LOGITS_AT_ONCE = 512  # of prompts whose log-probabilities are asked for, to bound their memory
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,15 @@ class Prefill:
         found: list[list[TokenLogprob]] = []
         start = 0
         for chunk in chunks:
-            params, following = chunk.sequence.params, chunk.sequence.prompt_ids[chunk.start + 1 : chunk.end + 1]
+            sequence, params = chunk.sequence, chunk.sequence.params
+            following = sequence.prompt_ids[chunk.start + 1 : chunk.end + 1] if sequence.needs_prompt_logprobs else []
             found.append([])
-            if chunk.sequence.needs_prompt_logprobs and following:
-                hidden_Dd = hidden_Md[start : start + len(following)]
-                logits_DV = hidden_Dd.new_empty(len(following), self._step.vocab_size)
+            for first in range(0, len(following), LOGITS_AT_ONCE):
+                tokens = following[first : first + LOGITS_AT_ONCE]
+                hidden_Dd = hidden_Md[start + first : start + first + len(tokens)]
+                logits_DV = hidden_Dd.new_empty(len(tokens), self._step.vocab_size)
                 self._step.project(hidden_Dd, logits_DV)
-                found[-1] = token_logprobs(logits_DV, following, params.prompt_logprobs or 0)
+                found[-1] += token_logprobs(logits_DV, tokens, params.prompt_logprobs or 0)
             start += len(chunk.token_ids)
         return found
 

@@ -56,7 +56,8 @@ def assert_same(ours, expected):
 
 @pytest.mark.parametrize("params", [PLAIN, pytest.param(GRAMMARS, marks=needs_llguidance)], ids=["plain", "grammars"])
 @pytest.mark.parametrize("heads", [MedusaHeads, HydraHeads])
-def test_prompt_logprobs_grammars_and_other_heads(tiny_llama, heads, params):
+def test_prompt_logprobs_grammars_and_other_heads(tiny_llama, heads, params, monkeypatch):
+    monkeypatch.setattr("medusa.engine.gpu_prefill.LOGITS_AT_ONCE", 4)  # fewer than the prompt's
     reference, gpu = engine_of(Engine, tiny_llama, "cpu", heads), engine_of(GpuEngine, tiny_llama, DEVICE, heads)
     assert_same(gpu.generate(PROMPTS, params), reference.generate(PROMPTS, params))
     for engine in (reference, gpu):
