@@ -108,7 +108,7 @@ class FusedDecoder:
 
     def __call__(self, nodes: StepNodes) -> torch.Tensor:
         is_chain = nodes.visible.bits_RNW is None
-        # Prompts are in no graph, so theirs go back to the allocator: those of chunks of many sizes would add up.
+        # Those of prompts go back to the allocator, or to their graphs' pool: chunks of many sizes would add up.
         buffers = (self._new_buffers if is_chain else self._buffers_of)(len(nodes.token_M))
         torch.index_select(self._embedding, 0, nodes.token_M, out=buffers.residual_Md)
         add_norm(None, buffers.residual_Md, self._layers[0].input_norm, self._eps, buffers.normed_Md)

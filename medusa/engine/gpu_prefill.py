@@ -1,5 +1,8 @@
 """Prompts on a GPU: chunks of several sequences as flat chains over what is in their pages already.
 
+A pass of usual size is one CUDA graph: launched one by one, its kernels would take the host as long as the GPU, and the
+host serves streams meanwhile.
+
 After a prompt's last chunk the first token is drawn, the heads guess, and the row's device state is set; from then on
 the row takes part in decoding steps. Shapes: B sequences, L of them at their last chunk, M tokens of all chunks.
 """
@@ -13,17 +16,15 @@ import torch
 
 from medusa.engine.emission import Emission
 from medusa.engine.gpu_step import NUM_STOP_IDS, GpuStep, StepBuffers
+from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, changes_logits
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.messages import PassShape, StepPass
+from medusa.engine.prompt_inputs import GRAPH_CHUNKS, GRAPH_TOKENS, PromptInputs, PromptShape
 from medusa.engine.sequence import Sequence, TokenLogprob
-from medusa.engine.shapes import rounded_up
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
-from medusa.kernels.attention_plan import Visible
-from medusa.kernels.state import Drafts
 
-SMALLEST = 16  # tokens that a launch is padded to; then powers of two
 LOGITS_AT_ONCE = 512  # of prompts whose log-probabilities are asked for, to bound their memory
 
 
@@ -47,9 +48,11 @@ class Prefilled:
 class Prefill:
     """Launches prompt chunks over the pages of `tables_RP`."""
 
-    def __init__(self, step: GpuStep, tables_RP: torch.Tensor, host_work: HostWork) -> None:
-        self._step, self._tables_RP, self._host_work = step, tables_RP, host_work
+    def __init__(self, step: GpuStep, tables_RP: torch.Tensor, host_work: HostWork, graphs: Graphs) -> None:
+        self._step, self._tables_RP, self._host_work, self._graphs = step, tables_RP, host_work, graphs
         self._device = tables_RP.device
+        self._nobody = step.state.num_rows - 1
+        self._inputs: dict[PromptShape, PromptInputs] = {}
         self._buffers: dict[int, StepBuffers] = {}
 
     def launch(self, chunks: Items[PrefillChunk], *, guesses: bool) -> Prefilled:
@@ -84,28 +87,42 @@ class Prefill:
             start += len(chunk.token_ids)
         return found
 
+    def capture(self) -> None:
+        """The graphs of all shapes that have one, on passes of nobody."""
+        for chunks in GRAPH_CHUNKS if self._has_graphs else ():
+            for tokens in reversed(GRAPH_TOKENS):  # the smaller ones find room in what the largest left
+                self._inputs_of(PromptShape.of_graph(chunks, tokens))
+
+    @property
+    def _has_graphs(self) -> bool:
+        """Not where processes share the layers: a follower launches prompts' passes one by one."""
+        return self._step.team.is_alone
+
     def _forward(self, chunks: list[PrefillChunk]) -> torch.Tensor:
         """All chunks' tokens in one pass, padded; writes their keys and values."""
-        sizes = [len(chunk.token_ids) for chunk in chunks]
-        padding = _padded(sum(sizes)) - sum(sizes)
-        nobody = self._step.state.num_rows - 1
-        tokens = [token for chunk in chunks for token in chunk.token_ids] + [0] * padding
-        positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)] + [0] * padding
-        rows = [chunk.sequence.row for chunk in chunks for _ in chunk.token_ids] + [nobody] * padding
-        nodes = [node for size in sizes for node in range(size)] + [0] * padding
-        long_2M = staged([*tokens, *positions], torch.int64, self._device).view(2, -1)
-        short_2M = staged([*rows, *nodes], torch.int32, self._device).view(2, -1)
-        starts = [sum(sizes[:b]) for b in range(len(sizes))]
-        chunk_rows = [chunk.sequence.row for chunk in chunks]
-        short_3B = staged([*chunk_rows, *starts, *sizes], torch.int32, self._device).view(3, -1)
-        drafts = Drafts(long_2M[0], long_2M[1], short_2M[0], short_2M[1], torch.ones_like(short_2M[0]), short_3B[1])
-        state = self._step.state
-        state.length_R[short_3B[0].long()] = staged([c.start for c in chunks], torch.int64, self._device)
-        visible = Visible(short_3B[0], short_3B[1], short_3B[2], state.length_R, self._tables_RP, None, None)
-        longest = _padded(max(sizes))
-        shape = PassShape(len(chunks), drafts.num_nodes, longest, is_chain=True)
-        self._step.team.tell(StepPass(shape, "eager"))
-        return self._step.decode(drafts, visible, longest)
+        shape = PromptShape.of([len(chunk.token_ids) for chunk in chunks], graphs=self._has_graphs)
+        inputs = self._inputs_of(shape)
+        inputs.fill(chunks, self._nobody)
+        if shape.has_graph:
+            return self._graphs.run(shape, lambda: self._pass(shape, inputs))
+        self._step.team.tell(StepPass(PassShape(shape.chunks, shape.tokens, shape.longest, is_chain=True), "eager"))
+        return self._pass(shape, inputs)
+
+    def _pass(self, shape: PromptShape, inputs: PromptInputs) -> torch.Tensor:
+        length_R, visible = self._step.state.length_R, inputs.visible(self._step.state.length_R, self._tables_RP)
+        length_R.index_copy_(0, visible.rows_B.long(), inputs.length_B)
+        return self._step.decode(inputs.drafts(), visible, shape.longest)
+
+    def _inputs_of(self, shape: PromptShape) -> PromptInputs:
+        """The buffers that the shape's graph reads, captured when it is first needed; new ones for other shapes."""
+        if shape in self._inputs:
+            return self._inputs[shape]
+        inputs = PromptInputs.empty(shape, self._nobody, self._device)
+        if shape.has_graph:
+            self._inputs[shape] = inputs
+            if not self._graphs.has(shape):
+                self._graphs.capture(shape, lambda: self._pass(shape, inputs))
+        return inputs
 
     def _finish(self, chunks: list[PrefillChunk], hidden_Ld: torch.Tensor, guesses: bool) -> Launched:
         """Each prompt's first token, or the one that it is told to go on with; then guesses."""
@@ -175,10 +192,3 @@ def _stop_ids(sequence: Sequence) -> list[int]:
     """Those that the GPU masks and ends at. None where the host changes logits: it masks them all itself, but for the
     end of a grammar that comes before min_tokens, and cuts the reply before anything else is launched."""
     return [] if changes_logits(sequence) else sorted(sequence.stop_ids)[:NUM_STOP_IDS]
-
-
-def _padded(size: int) -> int:
-    """The smallest power of two, from SMALLEST on, that holds so many; above 512 multiples of 512."""
-    if size > 512:
-        return rounded_up(size, 512)
-    return max(SMALLEST, 1 << (size - 1).bit_length())

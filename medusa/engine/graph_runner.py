@@ -1,9 +1,9 @@
 """The runner of a GPU: a decoding step is one CUDA graph, launched before the host has read the step before it.
 
-Graphs are captured when a shape is first needed, one for each (`shapes.py`). A step of which a request
-wants what only the host can do (`host_work.py`) is launched in two halves with the host in between, and the runner then
-has no lag. Without CUDA the same launches run one by one (in Triton's interpreter), which is how tests hold this runner
-against the reference one.
+Graphs are captured when a shape is first needed, one for each (`shapes.py`); those of prompts when the runner is
+made. A step of which a request wants what only the host can do (`host_work.py`) is launched in two halves with the host
+in between, and the runner then has no lag. Without CUDA the same launches run one by one (in Triton's interpreter),
+which is how tests hold this runner against the reference one.
 """
 
 from __future__ import annotations
@@ -68,10 +68,13 @@ class GraphRunner:
         )
         self._trees = TreeRows(self._step.trees, growth)
         self._host_work = HostWork(self._trees)
-        self._prefill = Prefill(self._step, cache.tables, self._host_work)
         self._graphs = Graphs(backbone.device, is_alone=self._step.team.is_alone)
+        self._prefill = Prefill(self._step, cache.tables, self._host_work, self._graphs)
         self._uploaded: dict[tuple[int, int], list[int]] = {}
         self._with_host = False
+        if backbone.device.type == "cuda":
+            with torch.inference_mode():
+                self._prefill.capture()
 
     @property
     def lag(self) -> int:
