@@ -19,7 +19,9 @@ def serve(
     concurrency: Annotated[str, typer.Option(help="Requests in flight, comma-separated.")] = "1,4,16,64",
     requests: Annotated[int, typer.Option(help="Requests a concurrency.")] = 64,
     prompt_tokens: Annotated[int, typer.Option(help="Length of each prompt.")] = 128,
-    reply_tokens: Annotated[int, typer.Option(help="Length of each reply.")] = 128,
+    reply_tokens: Annotated[
+        int, typer.Option(help="Mean length of a reply; lengths are drawn from half to one and a half of it.")
+    ] = 128,
     route: Annotated[str, typer.Option(help="completions (token ids) or chat (a template and text).")] = "completions",
     paced: Annotated[
         bool,

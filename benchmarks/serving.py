@@ -1,7 +1,9 @@
 """What the service costs: tokens a second and time to the first token through REST beside the engine alone.
 
 Both sides run the same engine settings, prompts and reply lengths (greedy, EOS ignored), each in a process of its own,
-one after the other for each concurrency. A worker keeps `concurrency` requests in flight until all are answered.
+one after the other for each concurrency. Reply lengths vary: replies of one length would all end in one step, and their
+successors arrive together at the engine and one by one over HTTP, which no real load does. A worker keeps `concurrency`
+requests in flight until all are answered.
 With a pacing (paced.py) the engine has no device: what is compared then is the host's cost alone.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
+import random
 import statistics
 import time
 import urllib.request
@@ -46,9 +49,6 @@ class Question:
     reply_tokens: int
     body: dict[str, Any]
 
-    def cut(self, reply_tokens: int) -> Question:
-        return replace(self, reply_tokens=reply_tokens, body=self.body | {"max_tokens": reply_tokens})
-
 
 @dataclass(frozen=True)
 class Asked:
@@ -60,8 +60,8 @@ class Asked:
 
 @dataclass(frozen=True)
 class Load:
-    """`requests` for each concurrency, of `prompt_tokens` (by `chat`: about as many) and `reply_tokens`. The prompts
-    follow from the seed."""
+    """`requests` for each concurrency, of `prompt_tokens` (by `chat`: about as many) and on average `reply_tokens`.
+    Prompts and lengths follow from the seed; the lengths are the same at each concurrency."""
 
     concurrencies: tuple[int, ...] = (1, 4, 16, 64)
     requests: int = 64
@@ -81,32 +81,47 @@ class Load:
         ids = torch.randint(low, vocab_size, (self.requests, self.prompt_tokens), generator=generator)
         return ids.tolist()
 
-    def questions(self, tokenizer: ChatTokenizer) -> list[Question]:
-        """Chat asks the same prompts as messages, so that the service has a template to render and text to tokenise."""
+    def lengths(self) -> list[int]:
+        return varied_lengths(self.requests, self.reply_tokens, self.seed)
+
+    def questions(self, tokenizer: ChatTokenizer, lengths: Sequence[int]) -> list[Question]:
+        """One for each length. Chat asks the same prompts as messages, so that the service has a template to render and
+        text to tokenise."""
         options = {
-            "max_tokens": self.reply_tokens,
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        prompts, length = self.prompts(tokenizer.vocab_size), self.reply_tokens
-        if self.route == "completions":
-            return [Question(ids, length, {"prompt": ids} | options) for ids in prompts]
-        chats = [[{"role": "user", "content": tokenizer.decode(ids)}] for ids in prompts]
-        return [
-            Question(tokenizer.encode_chat(chat), self.reply_tokens, {"messages": chat} | options) for chat in chats
-        ]
+        questions = []
+        for ids, length in zip(self.prompts(tokenizer.vocab_size), lengths, strict=True):
+            body: dict[str, Any] = options | {"max_tokens": length}
+            if self.route == "completions":
+                questions.append(Question(ids, length, body | {"prompt": ids}))
+            else:
+                chat = [{"role": "user", "content": tokenizer.decode(ids)}]
+                questions.append(Question(tokenizer.encode_chat(chat), length, body | {"messages": chat}))
+        return questions
 
     def asked(self, tokenizer: ChatTokenizer, concurrency: int) -> Asked:
         """Other prompts for each concurrency: the engine would find those of the one before in its cache. The warm-up
         fills the batch, and its replies end one after the other, so that the step of every batch size is known."""
         count = max(FEWEST_WARM_UP, concurrency)
         load = replace(self, requests=count + self.requests, seed=self.seed + concurrency)
-        questions = load.questions(tokenizer)
-        lengths = [max(1, self.reply_tokens * (count + i) // (2 * count)) for i in range(1, count + 1)]
-        warm_up = [question.cut(length) for question, length in zip(questions, lengths, strict=False)]
-        return Asked(warm_up, questions[count:])
+        warm_up = [max(1, self.reply_tokens * (count + i) // (2 * count)) for i in range(1, count + 1)]
+        questions = load.questions(tokenizer, [*warm_up, *self.lengths()])
+        return Asked(questions[:count], questions[count:])
+
+
+def reply_range(mean: int) -> tuple[int, int]:
+    """The shortest and the longest reply of a load: half and one and a half times the mean."""
+    return max(1, mean // 2), mean + mean // 2
+
+
+def varied_lengths(count: int, mean: int, seed: int = 0) -> list[int]:
+    """Uniform over `reply_range`, by number: fewer requests have the same lengths as the first of more."""
+    draw = random.Random(seed)
+    return [draw.randint(*reply_range(mean)) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -247,7 +262,7 @@ async def measure_service(service: Running, load: Load, asked: Asked, concurrenc
     finally:
         for connection in connections:
             connection.close()
-    tokens = load.reply_tokens * len(replies)
+    tokens = sum(question.reply_tokens for question in asked.counted)  # all are whole
     spent = [1000 * (end - begin) / tokens for begin, end in zip(before, after, strict=True)]
     cpu = Cpu(*spent, 1000 * client / tokens) if service.pid is not None else None
     first = [reply.first_s for reply in replies]

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.paced import Pacing
 from benchmarks.results import write_atomically
-from benchmarks.serving import Comparison, Cpu, Load, Side, Through
+from benchmarks.serving import Comparison, Cpu, Load, Side, Through, reply_range
 from deployments.config import ServerConfig
 
 
@@ -68,12 +68,13 @@ def _write_json(directory: Path, content: dict[str, Any]) -> None:
 
 def _markdown(content: dict[str, Any], rows: Sequence[Comparison]) -> str:
     load = content["load"]
+    shortest, longest = reply_range(load["reply_tokens"])
     lines = [
         f"# What REST costs: {content['model']} on {content['machine']}",
         "",
-        f"{load['requests']} requests for each concurrency, {load['prompt_tokens']} prompt and {load['reply_tokens']} "
-        f"reply tokens, {_decoding(content)}, streamed from /v1/{load['route']} through {content['through']}; the "
-        "client runs on the same machine.",
+        f"{load['requests']} requests for each concurrency, {load['prompt_tokens']} prompt tokens, replies of "
+        f"{shortest} to {longest} tokens ({load['reply_tokens']} on average), {_decoding(content)}, streamed from "
+        f"/v1/{load['route']} through {content['through']}; the client runs on the same machine.",
         "",
         "| concurrency | engine, tokens/s | REST, tokens/s | REST / engine | first token: engine | REST | added |",
         "|---|---|---|---|---|---|---|",
@@ -102,6 +103,11 @@ def _markdown(content: dict[str, Any], rows: Sequence[Comparison]) -> str:
             f"| {row.concurrency} | {1000 * row.engine.step_s:.2f} ms | {1000 * row.service.step_s:.2f} ms "
             f"| {' | '.join(cells)} |"
         )
+    if not content["paced"]:
+        lines += [
+            "",
+            "On a GPU the engine's processor time includes the driver's busy waiting for the device, which is no work.",
+        ]
     return "\n".join(lines) + "\n"
 
 

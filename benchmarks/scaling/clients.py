@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import ray
+
+from benchmarks.serving import varied_lengths
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,9 @@ class Clients:
 
 
 def requests_of(prompts: Sequence[list[int]], reply_tokens: int, seed: int = 0) -> list[Request]:
-    """Reply lengths from half to one and a half times `reply_tokens`: replies of one length would end in step."""
-    draw = random.Random(seed)
-    low, high = max(1, reply_tokens // 2), max(1, reply_tokens + reply_tokens // 2)
-    return [Request(ids, draw.randint(low, high)) for ids in prompts]
+    """Of varied reply lengths, `reply_tokens` on average."""
+    lengths = varied_lengths(len(prompts), reply_tokens, seed)
+    return [Request(ids, length) for ids, length in zip(prompts, lengths, strict=True)]
 
 
 def tokens_per_second(answered: Sequence[Answered]) -> float:

@@ -25,6 +25,8 @@ from benchmarks.serving import (
     load_paced,
     measure_engine,
     measure_service,
+    reply_range,
+    varied_lengths,
 )
 from benchmarks.serving_report import write_engine_alone, write_report
 from deployments.config import ServerConfig
@@ -58,18 +60,18 @@ def test_a_row_tells_steps_and_processor_time(tmp_path):
     rows = [Comparison(4, side, side)]
     report = write_report(tmp_path, config, load, "uvicorn", rows, Pacing()).read_text()
     assert "| 4 | 20.00 ms | 20.00 ms | 20.0 ms | 20.0 ms | 10.0 ms | 5.0 ms |" in report
-    assert "no speed of decoding" in report and "/v1/chat" in report
+    assert "no speed of decoding" in report and "/v1/chat" in report and "busy waiting" not in report
+    assert "replies of 64 to 192 tokens (128 on average)" in report
     assert json.loads((tmp_path / "serve.json").read_text())["paced"]["step_times"][0]["seconds"] == PLAIN_STEPS[1]
-    assert (
-        "paced"
-        not in write_report(tmp_path, config, load, "ray", [Comparison(4, side, Side(1.0, 0.1, 0.1))]).read_text()
-    )
+    unpaced = write_report(tmp_path, config, load, "ray", [Comparison(4, side, Side(1.0, 0.1, 0.1))]).read_text()
+    assert "paced" not in unpaced and "busy waiting" in unpaced
 
 
 def test_chat_asks_the_same_as_messages(tiny_llama):
     tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
     load = Load(requests=2, prompt_tokens=8)
-    plain, chat = load.questions(tokenizer), replace(load, route="chat").questions(tokenizer)
+    plain, chat = load.questions(tokenizer, [5, 7]), replace(load, route="chat").questions(tokenizer, [5, 7])
+    assert [question.body["max_tokens"] for question in (*plain, *chat)] == [5, 7, 5, 7]
     assert [question.prompt_ids for question in plain] == load.prompts(tokenizer.vocab_size)
     for question in chat:
         assert question.prompt_ids == tokenizer.encode_chat(question.body["messages"])
@@ -85,7 +87,17 @@ def test_the_warm_up_fills_the_batch_with_prompts_that_are_not_counted(tiny_llam
     assert len(set(prompts)) == len(prompts)
     assert [q.reply_tokens for q in four.warm_up] == [10, 12, 14, 16]  # every batch size down to one is met
     assert [q.body["max_tokens"] for q in four.warm_up] == [10, 12, 14, 16]
-    assert {q.reply_tokens for q in four.counted} == {16}
+
+
+def test_reply_lengths_vary_by_request_number_and_are_the_same_at_each_concurrency(tiny_llama):
+    tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
+    load = Load((1, 4), requests=40, prompt_tokens=8, reply_tokens=16)
+    one, four = (load.asked(tokenizer, concurrency).counted for concurrency in load.concurrencies)
+    lengths = [question.reply_tokens for question in one]
+    assert lengths == [q.reply_tokens for q in four] == [q.body["max_tokens"] for q in four] == load.lengths()
+    assert (min(lengths), max(lengths)) == (8, 24) and sum(lengths) / len(lengths) == pytest.approx(16, abs=2)
+    assert varied_lengths(3, 16, seed=1) == varied_lengths(40, 16, seed=1)[:3] != lengths[:3]
+    assert reply_range(1) == (1, 1)
 
 
 def test_the_engine_s_figures_are_kept_before_the_service_runs(tmp_path):
