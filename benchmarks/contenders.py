@@ -6,7 +6,6 @@ speed is that of decoding; the time from start to end is kept beside it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +39,9 @@ class Run:
         return self.decode_tokens / self.decode_seconds
 
     @property
-    def full_tokens_per_second(self) -> float:
-        """While every request of its wave was decoding; nan where one had always ended."""
-        return self.full_tokens / sum(self.full_steps) if self.full_steps else math.nan
+    def full_tokens_per_second(self) -> float | None:
+        """While every request of its wave was decoding; None where one had always ended."""
+        return self.full_tokens / sum(self.full_steps) if self.full_steps else None
 
     @property
     def end_to_end_tokens_per_second(self) -> float:

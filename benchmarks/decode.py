@@ -20,7 +20,12 @@ def decode(
         str | None, typer.Option(help="A draft model of the same vocabulary, for assisted generation.")
     ] = None,
     exclude: Annotated[Path | None, typer.Option(help="A prompt file whose first turns are left out.")] = None,
-    num_prompts: Annotated[int, typer.Option(help="Prompts taken, evenly over the file.")] = 256,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            help="Prompts taken, evenly over the file; a concurrency runs those that fit the KV cache together."
+        ),
+    ] = 256,
     context: Annotated[
         int, typer.Option(help="Fill every prompt with earlier conversations up to so many tokens.")
     ] = 0,
@@ -37,9 +42,11 @@ def decode(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the engine's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
-    kv_cache_gb: Annotated[float | None, typer.Option(help="Memory of the KV cache.")] = None,
+    kv_cache_gb: Annotated[
+        float | None, typer.Option(help="Memory of the KV cache; default: for all prompts, if there is as much.")
+    ] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="Seconds from start to end; fewer prompts are run to keep it.")
+        float | None, typer.Option(help="Seconds from start to end; fewer prompts and runs are made to keep it.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of decode.json, decode.md and the plots.")] = Path(
         "runs/bench/decode"

@@ -8,8 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
+import psutil
 import torch
 
+from medusa.engine.limits import FREE_MEMORY_SHARE
 from medusa.heads import DraftHeads
 from medusa.model import Backbone
 from medusa.quantized_linear import QuantizedLinear
@@ -51,6 +53,14 @@ def heads_bytes(heads: DraftHeads, backbone: Backbone) -> int:
 def kv_bytes_per_token(backbone: Backbone) -> int:
     kv_heads, head_size = backbone.kv_shape
     return 2 * backbone.num_layers * kv_heads * head_size * backbone.lm_head_weight.itemsize
+
+
+def bytes_for_cache(device: torch.device) -> float:
+    """What a KV cache may take of the memory that is free now: on a GPU as much as an engine takes by itself, of main
+    memory half."""
+    if device.type == "cuda":
+        return FREE_MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    return 0.5 * psutil.virtual_memory().available
 
 
 def release_memory() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,10 +31,13 @@ class Interval:
         return cls(float(median), float(low), float(high))
 
     @classmethod
-    def where_measured(cls, values: Sequence[float]) -> Interval | None:
-        """Of those that are numbers; None if there is none."""
-        measured = [value for value in values if not math.isnan(value)]
+    def where_measured(cls, values: Sequence[float | None]) -> Interval | None:
+        """Of those that there are; None if there is none."""
+        measured = [value for value in values if value is not None]
         return cls.of(measured) if measured else None
+
+    def over(self, base: float) -> Interval:
+        return Interval(self.median / base, self.low / base, self.high / base)
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Planned:
 @dataclass(frozen=True)
 class Row:
     """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill (None for a peer,
-    which computes prompts that this engine finds in its cache), `full` are those while every request of a wave decodes
-    (None where there was no such step). Ratios are to the plain contender of the same temperature, run by run. `nodes`
-    is the mean over steps of the largest tree, `speculating` the share of steps with more than one node a sequence."""
+    which computes prompts that this engine finds in its cache), `full` and `step_ms` those while every request of a
+    wave decodes (None where there was no such step). Ratios are to the plain contender of the same temperature, run by
+    run. `nodes` is the mean over steps of the largest tree, `speculating` the share of steps with more than one node a
+    sequence."""
 
     contender: str
     temperature: float
@@ -63,7 +67,7 @@ class Row:
     end_to_end: Interval | None
     full: Interval | None
     tokens_per_step: float
-    step_ms: float
+    step_ms: float | None
     nodes: float
     speculating: float
     ratio: Interval | None
@@ -72,22 +76,37 @@ class Row:
     bandwidth_share: float | None = None
     gpu_idle_share: float | None = None
 
+    def over(self, plain: Row) -> Row:
+        """With its ratio to plain decoding that ran at another time of the same process."""
+        full = self.full.over(plain.full.median) if self.full and plain.full else None
+        return replace(self, ratio=self.tokens_per_second.over(plain.tokens_per_second.median), full_ratio=full)
+
 
 def probe(contender: Contender, requests: Sequence[Request], concurrency: int) -> float:
     """Runs a short wave twice: the first warms up (compilation, graphs, caches), the second tells how long a whole
-    wave will take, in seconds."""
+    wave will take, in seconds: one whose longest reply is as long as those of all waves are on average."""
     waves = waves_of(requests, contender.temperature, concurrency, 1)
     contender.run(waves, PROBE_TOKENS)
     run = contender.run(waves, PROBE_TOKENS)
-    lengths = [request.lengths[contender.temperature] for request in waves[0]]
-    probed = max(1, max(min(length, PROBE_TOKENS) for length in lengths) - 1)
-    return run.prefill_seconds + run.decode_seconds * max(1, max(lengths) - 1) / probed
+    probed = min(_mean_longest(waves, contender.temperature), PROBE_TOKENS)
+    every = waves_of(requests, contender.temperature, concurrency, most_waves(len(requests), concurrency))
+    longest = _mean_longest(every, contender.temperature)
+    return run.prefill_seconds + run.decode_seconds * max(1, longest - 1) / max(1, probed - 1)
+
+
+def _mean_longest(waves: Sequence[Sequence[Request]], temperature: float) -> float:
+    return float(np.mean([max(request.lengths[temperature] for request in wave) for wave in waves]))
+
+
+def most_waves(num_requests: int, concurrency: int) -> int:
+    """That use each request once; one at least."""
+    return max(1, num_requests // concurrency)
 
 
 def plan(seconds_per_wave: float, concurrency: int, num_requests: int, repeats: int, budget: float | None) -> Planned:
     """As many waves as use each request once, or fit the budget (seconds of all runs at this concurrency); one at
     least. Where even one does not fit, fewer repeats, MIN_REPEATS at least."""
-    most = max(1, num_requests // concurrency)
+    most = most_waves(num_requests, concurrency)
     if budget is None:
         return Planned(most, repeats, most * repeats * seconds_per_wave)
     fitting = int(budget / (repeats * seconds_per_wave))
@@ -105,11 +124,21 @@ def plan(seconds_per_wave: float, concurrency: int, num_requests: int, repeats: 
 
 
 def rotated_runs(
-    contenders: Sequence[Contender], requests: Sequence[Request], concurrency: int, planned: Planned, say: Say
+    contenders: Sequence[Contender],
+    requests: Sequence[Request],
+    concurrency: int,
+    planned: Planned,
+    say: Say,
+    budget: float | None = None,
 ) -> dict[str, list[Run]]:
-    """Every contender once a round; each round begins with another, so that none always runs first."""
+    """Every contender once a round; each round begins with another, so that none always runs first. After MIN_REPEATS
+    no round begins that would end beyond the budget, if it takes as long as those before."""
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    began = time.monotonic()
     for turn in range(planned.repeats):
+        spent = time.monotonic() - began
+        if budget is not None and turn >= MIN_REPEATS and spent * (turn + 1) / turn > budget:
+            break
         start = turn % len(contenders)
         for contender in [*contenders[start:], *contenders[:start]]:
             say(f"concurrency {concurrency}, run {turn + 1}/{planned.repeats}: {contender.name}")
@@ -125,18 +154,19 @@ def summarise(
     rows = []
     for contender in contenders:
         own, plain = runs[contender.name], runs.get(contender.plain)
+        full_steps = [seconds for run in own for seconds in run.full_steps]
         rows.append(
             Row(
                 contender=contender.name,
                 temperature=contender.temperature,
                 concurrency=concurrency,
                 requests=planned.waves * concurrency,
-                repeats=planned.repeats,
+                repeats=len(own),
                 tokens_per_second=Interval.of([run.tokens_per_second for run in own]),
                 end_to_end=Interval.of([run.end_to_end_tokens_per_second for run in own]),
                 full=Interval.where_measured([run.full_tokens_per_second for run in own]),
                 tokens_per_step=sum(r.replies_tokens for r in own) / sum(r.replies_steps for r in own),
-                step_ms=1e3 * float(np.median([s for run in own for s in run.full_steps])),
+                step_ms=1e3 * float(np.median(full_steps)) if full_steps else None,
                 nodes=float(np.mean([n for run in own for n in run.nodes])),
                 speculating=float(np.mean([n > 1 for run in own for n in run.nodes])),
                 ratio=_paired(own, plain, lambda run: run.tokens_per_second),
@@ -147,7 +177,8 @@ def summarise(
     return rows
 
 
-def _paired(own: Sequence[Run], plain: Sequence[Run] | None, speed: Callable[[Run], float]) -> Interval | None:
+def _paired(own: Sequence[Run], plain: Sequence[Run] | None, speed: Callable[[Run], float | None]) -> Interval | None:
     if plain is None or plain is own:
         return None
-    return Interval.where_measured([speed(mine) / speed(other) for mine, other in zip(own, plain, strict=True)])
+    pairs = [(speed(mine), speed(other)) for mine, other in zip(own, plain, strict=True)]
+    return Interval.where_measured([mine / other if mine and other else None for mine, other in pairs])

@@ -39,7 +39,7 @@ def write_results(folder: Path, settings: dict[str, Any], rows: Sequence[Row], n
     if rows:
         _plot(folder / "tokens_per_second.png", rows, "tokens a second", lambda row: row.tokens_per_second)
         _plot(folder / "over_plain.png", rows, "tokens a second over plain decoding", _over_plain, level=1.0)
-        _plot(folder / "step_ms.png", rows, "median step, ms", lambda row: Interval(*[row.step_ms] * 3))
+        _plot(folder / "step_ms.png", rows, "median step, ms", _step_ms)
 
 
 def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
@@ -64,7 +64,7 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
         "includes the prefill, where this engine finds prompts that it has answered before in its cache: it compares",
         "this engine's rows alone, and Hugging Face, which computes every prompt each time, has none.",
         "A wave ends with its longest reply; all at once is the speed over plain's while every request of a wave",
-        "decodes, which is when steps are timed too (medians).",
+        "decodes, which is when steps are timed too (medians); both are left out where one had always ended.",
         "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
         "memory (read and write counted).",
         "",
@@ -80,7 +80,7 @@ def _cells(row: Row, has_idle: bool) -> list[str]:
         _interval(row.tokens_per_second, 0),
         f"{row.end_to_end.median:.0f}" if row.end_to_end else "",
         f"{row.tokens_per_step:.2f}",
-        f"{row.step_ms:.2f}",
+        f"{row.step_ms:.2f}" if row.step_ms is not None else "",
         f"{row.nodes:.1f}",
         _interval(row.ratio, 3) if row.ratio else "",
         _interval(row.full_ratio, 3) if row.full_ratio else "",
@@ -93,6 +93,10 @@ def _cells(row: Row, has_idle: bool) -> list[str]:
 
 def _over_plain(row: Row) -> Interval | None:
     return row.full_ratio
+
+
+def _step_ms(row: Row) -> Interval | None:
+    return None if row.step_ms is None else Interval(row.step_ms, row.step_ms, row.step_ms)
 
 
 def _interval(value: Interval, digits: int) -> str:
