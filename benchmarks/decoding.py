@@ -30,15 +30,7 @@ from benchmarks.prompt_cache import cache_gb, fill, requests_that_fit
 from benchmarks.results import markdown, write_results
 from benchmarks.time_budget import TimeBudget
 from benchmarks.typical import distance_from_exact
-from benchmarks.workload import (
-    Question,
-    Request,
-    encode,
-    pick_prompts,
-    reply_lengths,
-    waves_of,
-    with_context,
-)
+from benchmarks.workload import Question, Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from medusa import Engine, Typical
 
 TYPICAL_TEMPERATURE = 0.7
@@ -141,7 +133,9 @@ class DecodeBenchmark:
         self._note_distance(engine)
         for concurrency in self._config.concurrency:
             requests = self._found_again(engine, concurrency)
-            self._rows += self._race([plain, typical], requests, concurrency, budget.share())[1:]
+            self._rows += self._race([plain, typical], requests, concurrency, budget.share(), ", typical acceptance")[
+                1:
+            ]
             self._write()
 
     def _race_peers(self, model: PreTrainedModel, assistant: PreTrainedModel | None, budget: TimeBudget) -> None:
@@ -151,7 +145,7 @@ class DecodeBenchmark:
             if assistant is not None and concurrency == 1:
                 peers.append(HuggingFaceContender("HF assisted, T=0", "", model, assistant))
             try:
-                rows = self._race(peers, self._taken[concurrency], concurrency, budget.share())
+                rows = self._race(peers, self._taken[concurrency], concurrency, budget.share(), ", Hugging Face")
             except torch.cuda.OutOfMemoryError:
                 self._notes.append(f"concurrency {concurrency}: Hugging Face ran out of the GPU's memory")
                 continue
@@ -178,27 +172,30 @@ class DecodeBenchmark:
         return self._requests[:count]
 
     def _race(
-        self, contenders: Sequence[Contender], requests: Sequence[Request], concurrency: int, budget: float | None
+        self,
+        contenders: Sequence[Contender],
+        requests: Sequence[Request],
+        concurrency: int,
+        budget: float | None,
+        who: str = "",
     ) -> list[Row]:
-        start = time.monotonic()
-        self._progress.say(f"concurrency {concurrency}: warming up")
+        """`who` tells in notes whose race it is, where it is not the first at this concurrency."""
+        start, label = time.monotonic(), f"concurrency {concurrency}{who}"
+        self._progress.say(f"{label}: warming up")
         seconds = sum(probe(contender, requests, concurrency) for contender in contenders)
         idle = [self._idle_share(contender, requests, concurrency) for contender in contenders]
         left = None if budget is None else max(budget - (time.monotonic() - start), 0.0)
         planned = plan(seconds, concurrency, len(requests), self._config.repeats, left)
         if planned.note:
-            self._note(planned.note)
+            self._note(f"{label}: {planned.note}")
         if concurrency > len(requests):
             self._note(f"concurrency {concurrency}: the {len(requests)} prompts repeat in a wave")
         runs = rotated_runs(contenders, requests, concurrency, planned, self._progress.say, left)
         rows = summarise(contenders, runs, concurrency, planned)
         if rows[0].repeats < planned.repeats:
-            self._note(f"concurrency {concurrency}: {rows[0].repeats} of {planned.repeats} runs, its time was spent")
+            self._note(f"{label}: {rows[0].repeats} of {planned.repeats} runs, its share of the time budget was spent")
         if budget is not None and (took := time.monotonic() - start) > OVERRUN * budget:
-            self._note(
-                f"concurrency {concurrency}, {', '.join(row.contender for row in rows)}: took {took:.0f} s, its share "
-                f"of the time budget was {budget:.0f} s"
-            )
+            self._note(f"{label}: took {took:.0f} s, its share of the time budget was {budget:.0f} s")
         return [
             replace(row, bandwidth_share=self._bandwidth_share(row, requests), gpu_idle_share=share)
             for row, share in zip(rows, idle, strict=True)

@@ -117,8 +117,8 @@ def plan(seconds_per_wave: float, concurrency: int, num_requests: int, repeats: 
     note = None
     if waves < most:
         note = (
-            f"concurrency {concurrency}: {waves * concurrency} of {num_requests} prompts and {repeats} runs, for a "
-            f"budget of {budget:.0f} s (about {expected:.0f} s expected)"
+            f"{waves * concurrency} of {num_requests} prompts and {repeats} runs, for a budget of {budget:.0f} s "
+            f"(about {expected:.0f} s expected)"
         )
     return Planned(waves, repeats, expected, note)
 
