@@ -372,6 +372,7 @@ class Engine:
             self._cache,
             max_batch_size=limits.max_batch_size,
             max_tree_nodes=limits.max_nodes,
+            max_prefill_tokens=limits.most_prefill_tokens,
             max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
             guess_width=limits.guess_width,
             acceptance=acceptance,

@@ -9,6 +9,7 @@ the row takes part in decoding steps. Shapes: B sequences, L of them at their la
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from medusa.engine.graphs import Graphs
 from medusa.engine.host_work import HostWork, changes_logits
 from medusa.engine.logprobs import token_logprobs
 from medusa.engine.messages import PassShape, StepPass
-from medusa.engine.prompt_inputs import GRAPH_CHUNKS, GRAPH_TOKENS, PromptInputs, PromptShape
+from medusa.engine.prompt_inputs import NO_GRAPHS, PromptInputs, PromptShape, PromptShapes
 from medusa.engine.sequence import Sequence, TokenLogprob
 from medusa.engine.staging import staged
 from medusa.engine.step import Launched, PrefillChunk, StepTokens
@@ -46,10 +47,15 @@ class Prefilled:
 
 
 class Prefill:
-    """Launches prompt chunks over the pages of `tables_RP`."""
+    """Launches prompt chunks over the pages of `tables_RP`, up to `max_tokens` at once. Processes that share the layers
+    launch them without graphs."""
 
-    def __init__(self, step: GpuStep, tables_RP: torch.Tensor, host_work: HostWork, graphs: Graphs) -> None:
+    def __init__(
+        self, step: GpuStep, tables_RP: torch.Tensor, host_work: HostWork, graphs: Graphs, max_tokens: int
+    ) -> None:
         self._step, self._tables_RP, self._host_work, self._graphs = step, tables_RP, host_work, graphs
+        max_chunks = step.state.num_rows - 1
+        self._shapes = PromptShapes.upto(max_chunks, max_tokens) if step.team.is_alone else NO_GRAPHS
         self._device = tables_RP.device
         self._nobody = step.state.num_rows - 1
         self._inputs: dict[PromptShape, PromptInputs] = {}
@@ -88,41 +94,27 @@ class Prefill:
         return found
 
     def capture(self) -> None:
-        """The graphs of all shapes that have one, on passes of nobody."""
-        for chunks in GRAPH_CHUNKS if self._has_graphs else ():
-            for tokens in reversed(GRAPH_TOKENS):  # the smaller ones find room in what the largest left
-                self._inputs_of(PromptShape.of_graph(chunks, tokens))
-
-    @property
-    def _has_graphs(self) -> bool:
-        """Not where processes share the layers: a follower launches prompts' passes one by one."""
-        return self._step.team.is_alone
+        """Makes the graphs of all shapes that have one, on passes of nobody."""
+        for shape in self._shapes:
+            inputs = self._inputs[shape] = PromptInputs.empty(shape, self._nobody, self._device)
+            if not self._graphs.has(shape):
+                self._graphs.capture(shape, functools.partial(self._pass, inputs))
 
     def _forward(self, chunks: list[PrefillChunk]) -> torch.Tensor:
         """All chunks' tokens in one pass, padded; writes their keys and values."""
-        shape = PromptShape.of([len(chunk.token_ids) for chunk in chunks], graphs=self._has_graphs)
-        inputs = self._inputs_of(shape)
+        shape = self._shapes.of([len(chunk.token_ids) for chunk in chunks])
+        inputs = self._inputs[shape] if shape.has_graph else PromptInputs.empty(shape, self._nobody, self._device)
         inputs.fill(chunks, self._nobody)
         if shape.has_graph:
-            return self._graphs.run(shape, lambda: self._pass(shape, inputs))
+            return self._graphs.run(shape, lambda: self._pass(inputs))
         self._step.team.tell(StepPass(PassShape(shape.chunks, shape.tokens, shape.longest, is_chain=True), "eager"))
-        return self._pass(shape, inputs)
+        return self._pass(inputs)
 
-    def _pass(self, shape: PromptShape, inputs: PromptInputs) -> torch.Tensor:
-        length_R, visible = self._step.state.length_R, inputs.visible(self._step.state.length_R, self._tables_RP)
+    def _pass(self, inputs: PromptInputs) -> torch.Tensor:
+        length_R = self._step.state.length_R
+        visible = inputs.visible(length_R, self._tables_RP)
         length_R.index_copy_(0, visible.rows_B.long(), inputs.length_B)
-        return self._step.decode(inputs.drafts(), visible, shape.longest)
-
-    def _inputs_of(self, shape: PromptShape) -> PromptInputs:
-        """The buffers that the shape's graph reads, captured when it is first needed; new ones for other shapes."""
-        if shape in self._inputs:
-            return self._inputs[shape]
-        inputs = PromptInputs.empty(shape, self._nobody, self._device)
-        if shape.has_graph:
-            self._inputs[shape] = inputs
-            if not self._graphs.has(shape):
-                self._graphs.capture(shape, lambda: self._pass(shape, inputs))
-        return inputs
+        return self._step.decode(inputs.drafts(), visible, inputs.shape.longest)
 
     def _finish(self, chunks: list[PrefillChunk], hidden_Ld: torch.Tensor, guesses: bool) -> Launched:
         """Each prompt's first token, or the one that it is told to go on with; then guesses."""

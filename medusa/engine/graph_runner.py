@@ -36,8 +36,8 @@ class GraphRunner:
     """A StepRunner whose plain twin is `medusa.engine.runner.Runner`.
 
     `growth` is the order in which the policy's trees grow: trees that are a beginning of it need no upload when their
-    size changes. `max_positions` is the longest sequence with a step's tree. `lead_of` makes this process the first of
-    several that share the layers (`team.py`).
+    size changes. `max_prefill_tokens` is the most of one pass, `max_positions` the longest sequence with a step's tree.
+    `lead_of` makes this process the first of several that share the layers (`team.py`).
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class GraphRunner:
         *,
         max_batch_size: int,
         max_tree_nodes: int,
+        max_prefill_tokens: int,
         max_positions: int,
         guess_width: int,
         acceptance: Typical | None,
@@ -69,12 +70,11 @@ class GraphRunner:
         self._trees = TreeRows(self._step.trees, growth)
         self._host_work = HostWork(self._trees)
         self._graphs = Graphs(backbone.device, is_alone=self._step.team.is_alone)
-        self._prefill = Prefill(self._step, cache.tables, self._host_work, self._graphs)
+        self._prefill = Prefill(self._step, cache.tables, self._host_work, self._graphs, max_prefill_tokens)
+        with torch.inference_mode():
+            self._prefill.capture()
         self._uploaded: dict[tuple[int, int], list[int]] = {}
         self._with_host = False
-        if backbone.device.type == "cuda":
-            with torch.inference_mode():
-                self._prefill.capture()
 
     @property
     def lag(self) -> int:

@@ -18,6 +18,7 @@ class Graphs:
         self._capture_mode = "global" if is_alone else "thread_local"
         self._on_gpu = device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
+        self._warm_up = torch.cuda.Stream(device) if self._on_gpu else None  # one: cuBLAS keeps memory for each stream
         self._captured: dict[Hashable, tuple[torch.cuda.CUDAGraph, object]] = {}
 
     def __len__(self) -> int:
@@ -44,7 +45,8 @@ class Graphs:
     def capture(self, key: Hashable, function: Callable[[], object]) -> None:
         """Runs `function` once, so that its kernels are compiled, and captures it: its inputs must be such that this
         harms nothing."""
-        stream = torch.cuda.Stream()
+        stream = self._warm_up
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             function()

@@ -94,6 +94,11 @@ class Limits:
         """Pages of the longest sequence, with a step in flight before the last one."""
         return self.pages_needed(self.max_model_len + self.num_heads + 1)
 
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Of one step: `max_prefill_tokens` for each token that it can give a sequence."""
+        return self.max_prefill_tokens * (self.num_heads + 1)
+
     def check_request(self, prompt_ids: Items[int], params: SamplingParams) -> None:
         """Raises ValueError for a request that could never run."""
         if not prompt_ids:

@@ -1,10 +1,11 @@
 """What a pass over prompt chunks reads, in buffers that stay where they are, so that a graph can hold the pass.
 
-Shapes: B chunks, M tokens of all chunks; both include padding.
+Shapes: B chunks, M tokens of all chunks, both with padding; C chunks that there is room for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -18,8 +19,9 @@ from medusa.kernels.state import Drafts
 
 SMALLEST = 16  # tokens that a pass is padded to; then powers of two
 STEP = 512  # tokens from which it is padded to multiples of this
-GRAPH_TOKENS = (16, 32, 64, 128, 256, 512, 1024)  # a larger pass takes longer than its launches one by one
-GRAPH_CHUNKS = (1, 2, 4, 8)
+MOST_TOKENS = 1024  # of a graph: a larger pass takes longer than its launches one by one
+CHUNKS = (1, 2, 4, 8)
+ALIGNED = 4  # numbers of 32 bits: kernels are compiled again where rows of a table begin at other places
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,51 @@ class PromptShape:
     chunks: int
     tokens: int
     longest: int
-    has_graph: bool
+    has_graph: bool = False
+
+
+@dataclass(frozen=True)
+class PromptShapes:
+    """Of chunks and tokens there are a few sizes with graphs; any chunk of such a pass may be the longest."""
+
+    chunks: tuple[int, ...]
+    tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, sizes: Items[int], *, graphs: bool) -> PromptShape:
-        """The smallest that holds chunks of so many tokens. With `graphs`, of few shapes: any chunk of such a pass may
-        be the longest."""
+    def upto(cls, max_chunks: int, max_tokens: int) -> PromptShapes:
+        """What passes of up to so many chunks and tokens can need."""
+        tokens = dict.fromkeys(padded(size) for size in range(1, min(max_tokens, MOST_TOKENS) + 1))
+        fewer = [size for size in CHUNKS if size < max_chunks]
+        return cls((*fewer, *CHUNKS[len(fewer) : len(fewer) + 1]), tuple(tokens))
+
+    def __iter__(self) -> Iterator[PromptShape]:
+        """Those with graphs, the largest first: the others find room in what it left."""
+        for tokens in reversed(self.tokens):
+            for chunks in reversed(self.chunks):
+                yield PromptShape(chunks, tokens, tokens, has_graph=True)
+
+    def of(self, sizes: Items[int]) -> PromptShape:
+        """The smallest that holds chunks of so many tokens."""
         tokens = padded(sum(sizes))
-        if graphs and tokens <= GRAPH_TOKENS[-1] and len(sizes) <= GRAPH_CHUNKS[-1]:
-            return cls.of_graph(next(chunks for chunks in GRAPH_CHUNKS if len(sizes) <= chunks), tokens)
-        return cls(len(sizes), tokens, padded(max(sizes)), has_graph=False)
+        chunks = next((chunks for chunks in self.chunks if len(sizes) <= chunks), None)
+        if chunks is None or tokens not in self.tokens:
+            return PromptShape(len(sizes), tokens, padded(max(sizes)))
+        return PromptShape(chunks, tokens, tokens, has_graph=True)
 
-    @classmethod
-    def of_graph(cls, chunks: int, tokens: int) -> PromptShape:
-        return cls(chunks, tokens, tokens, has_graph=True)
+
+NO_GRAPHS = PromptShapes((), ())
 
 
 @dataclass(frozen=True)
 class PromptInputs:
-    """Tokens and positions; rows and nodes; each chunk's row, first token and size; the committed tokens before it."""
+    """Tokens and positions; rows and nodes; each chunk's row, first token and size; the committed tokens before it.
+    The tables by chunk have room for a few more than the shape's."""
 
+    shape: PromptShape
     long_2M: torch.Tensor
     short_2M: torch.Tensor
-    short_3B: torch.Tensor
-    length_B: torch.Tensor
+    short_3C: torch.Tensor
+    length_C: torch.Tensor
     valid_M: torch.Tensor
 
     @classmethod
@@ -62,39 +85,44 @@ class PromptInputs:
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
 
+        room = rounded_up(shape.chunks, ALIGNED)
         inputs = cls(
+            shape,
             long_2M=zeros(2, shape.tokens, dtype=torch.int64),
             short_2M=zeros(2, shape.tokens, dtype=torch.int32),
-            short_3B=zeros(3, shape.chunks, dtype=torch.int32),
-            length_B=zeros(shape.chunks, dtype=torch.int64),
+            short_3C=zeros(3, room, dtype=torch.int32),
+            length_C=zeros(room, dtype=torch.int64),
             valid_M=torch.ones(shape.tokens, dtype=torch.int32, device=device),
         )
         inputs.short_2M[0].fill_(nobody)
-        inputs.short_3B[0].fill_(nobody)
+        inputs.short_3C[0].fill_(nobody)
         return inputs
 
     def fill(self, chunks: Items[PrefillChunk], nobody: int) -> None:
         """These chunks, and padding of nobody's behind them."""
         sizes = [len(chunk.token_ids) for chunk in chunks]
-        spare = self.valid_M.shape[0] - sum(sizes)
+        spare, absent = self.shape.tokens - sum(sizes), len(self.length_C) - len(chunks)
         tokens = [token for chunk in chunks for token in chunk.token_ids] + [0] * spare
         positions = [position for chunk in chunks for position in range(chunk.start, chunk.end)] + [0] * spare
         rows = [chunk.sequence.row for chunk in chunks for _ in chunk.token_ids] + [nobody] * spare
         nodes = [node for size in sizes for node in range(size)] + [0] * spare
-        starts = [sum(sizes[:b]) for b in range(len(sizes))]
-        absent = self.length_B.shape[0] - len(chunks)
         chunk_rows = [*(chunk.sequence.row for chunk in chunks), *[nobody] * absent]
+        starts = [*(sum(sizes[:b]) for b in range(len(sizes))), *[0] * absent]
         self._copy(self.long_2M, [*tokens, *positions])
         self._copy(self.short_2M, [*rows, *nodes])
-        self._copy(self.short_3B, [*chunk_rows, *starts, *[0] * absent, *sizes, *[0] * absent])
-        self._copy(self.length_B, [*(chunk.start for chunk in chunks), *[0] * absent])
+        self._copy(self.short_3C, [*chunk_rows, *starts, *sizes, *[0] * absent])
+        self._copy(self.length_C, [*(chunk.start for chunk in chunks), *[0] * absent])
+
+    @property
+    def length_B(self) -> torch.Tensor:
+        return self.length_C[: self.shape.chunks]
 
     def drafts(self) -> Drafts:
         (tokens_M, position_M), (row_M, node_M) = self.long_2M, self.short_2M
-        return Drafts(tokens_M, position_M, row_M, node_M, self.valid_M, self.short_3B[1])
+        return Drafts(tokens_M, position_M, row_M, node_M, self.valid_M, self.short_3C[1, : self.shape.chunks])
 
     def visible(self, length_R: torch.Tensor, tables_RP: torch.Tensor) -> Visible:
-        rows_B, start_B, count_B = self.short_3B
+        rows_B, start_B, count_B = self.short_3C[:, : self.shape.chunks]
         return Visible(rows_B, start_B, count_B, length_R, tables_RP, None, None)
 
     @staticmethod

@@ -63,7 +63,8 @@ class Scheduler:
     def schedule(self, choose: ChooseTrees, *, may_preempt: bool = True) -> Plan | None:
         """The next step, with pages for all of it. None when pages run out and none may be taken from a sequence."""
         self.admit()
-        chunks = self._share_out_prefill(self._prefill_budget())
+        budget, left_over = self._prefill_budget()
+        chunks = self._share_out_prefill(budget)
         decoding = [s for s in self.running if _decodes(s, chunks.get(s))]
         trees = dict(zip(decoding, choose(decoding), strict=True)) if decoding else {}
         for sequence in list(self.running):
@@ -72,6 +73,7 @@ class Scheduler:
                 if not may_preempt:
                     return None
                 self._preempt(self.running[-1])
+        self._left_over = left_over
         decoding = [s for s in decoding if s.row >= 0]
         return Plan(
             chunks=[chunk for s, chunk in chunks.items() if s.row >= 0],
@@ -129,15 +131,13 @@ class Scheduler:
         self.running.clear()
         self.waiting.clear()
 
-    def _prefill_budget(self) -> int:
-        """Prompt tokens of this step: whole times `max_prefill_tokens`, since a GPU pads its forwards; what that leaves
-        of a token's share is the next step's."""
+    def _prefill_budget(self) -> tuple[int, float]:
+        """Prompt tokens of this step: whole times `max_prefill_tokens`, since a GPU pads its forwards; and what that
+        leaves of a token's share, which is the next step's."""
         if all(sequence.is_filled for sequence in self.running):
-            self._left_over = 0.0
-            return 0
+            return 0, 0.0
         shares = self._left_over + self._tokens_per_step()
-        self._left_over = shares % 1
-        return int(shares) * self._max_prefill_tokens
+        return int(shares) * self._max_prefill_tokens, shares % 1
 
     def _tokens_per_step(self) -> float:
         """What a decode step has given a running sequence of late; 1 while there was none."""

@@ -65,3 +65,17 @@ def test_prompt_logprobs_grammars_and_other_heads(tiny_llama, heads, params, mon
         checkpoint.heads.to(engine.backbone.device)
         engine.swap_heads(checkpoint)
     assert_same(gpu.generate(PROMPTS, params), reference.generate(PROMPTS, params))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are captured on a GPU alone")
+def test_prompts_by_graphs_and_without_give_the_same_replies(tiny_llama):
+    """Passes of all shapes, in turn with decoding and with passes that are too large for a graph."""
+    sizes = [1, 15, 470, 3, 480, 250, 460, 7, 90, 33, 20, 450, 2, 5, 440, 130]
+    prompts, params = random_prompts(sizes, seed=8), SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    for max_prefill_tokens in (20, 200, 1536):
+        ours, reference = (
+            kind(Backbone.from_pretrained(tiny_llama, device=device), ChatTokenizer.from_pretrained(tiny_llama),
+                 max_batch_size=9, max_prefill_tokens=max_prefill_tokens)
+            for kind, device in ((GpuEngine, DEVICE), (Engine, "cpu"))
+        )  # fmt: skip
+        assert_same(ours.generate(prompts, params), reference.generate(prompts, params))

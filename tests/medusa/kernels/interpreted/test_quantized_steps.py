@@ -33,6 +33,7 @@ class GraphEngine(Engine):
             self._cache,
             max_batch_size=limits.max_batch_size,
             max_tree_nodes=limits.max_nodes,
+            max_prefill_tokens=limits.most_prefill_tokens,
             max_positions=256,
             guess_width=limits.guess_width,
             acceptance=acceptance,
