@@ -161,6 +161,7 @@ def test_tokens_depend_on_no_worker_and_no_batch(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_batches_stay_full_across_blocks(ray_cluster: None, tiny_llama: Path, tmp_path: Path) -> None:
     """Blocks of 4 conversations in a batch of 3, all replies of 10 tokens: block by block the last reply of each
     would step alone (4/6 of the places taken).
@@ -183,6 +184,7 @@ def test_a_killed_actor_costs_and_doubles_nothing(
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_driver_is_resumed(
     ray_cluster: None, undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path
 ) -> None:

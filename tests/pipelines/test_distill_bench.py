@@ -21,6 +21,7 @@ PROMPTS = [Prompt(f"p{i}", (f"What is {i} plus {i}?", "And twice that?")) for i 
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_both_sides_say_the_same_tokens(ray_cluster: None, tiny_llama: Path, tmp_path: Path) -> None:
     with Tracker.open(TrackingConfig(uri=None), tmp_path, "bench", {}) as tracker:
         model = ModelConfig(backbone=str(tiny_llama), dtype="float32", device="cpu")

@@ -77,6 +77,7 @@ def test_a_follower_that_stands_still(tiny_llama, monkeypatch):
     assert_sick(engine, pids, "(?i)timed out|timeout")
 
 
+@pytest.mark.slow
 def test_a_follower_whose_step_raises(tiny_llama):
     engine = engine_of(tiny_llama)
     followers = engine.backbone.followers
