@@ -167,6 +167,7 @@ def test_versions_come_in_and_a_broken_one_goes_back_while_requests_are_answered
     assert set(traffic.answers) == {plain}  # the heads change speed, never what is said
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_answer_is_named(place: Place):
     place.promote(make_heads(place.folder / "four", place.backbone, 4))
     result = CliRunner().invoke(
