@@ -122,7 +122,7 @@ class LoraAdaptation:
 
 
 class FullAdaptation:
-    """Every weight learns, in float32; the base stays beside it as it was."""
+    """Every weight learns, in float32 at least; the base stays beside it as it was."""
 
     def __init__(self, backbone: Backbone, joint: JointConfig) -> None:
         self.backbone = backbone
@@ -130,7 +130,7 @@ class FullAdaptation:
         self._base: Backbone | None = None
         if joint.needs_base:
             self._base = Backbone(copy.deepcopy(backbone.model), name=backbone.name, digest="")
-        backbone.model.requires_grad_(True).float()
+        backbone.model.requires_grad_(True).to(torch.promote_types(backbone.dtype, torch.float32))
 
     def student(self, batch: Batch) -> tuple[Tensor, Tensor]:
         self.backbone.model.train()

@@ -265,13 +265,13 @@ def test_hidden_cache_is_refused_where_joint_training_has_no_teacher():
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_remembered_teacher_changes_no_numbers(tiny_llama, method, packing):
     joint = JointConfig(method=method, rank=4, dropout=0.0, heads_only_ratio=0.3)
-    numbers = dict(max_steps=8, packing=packing)
+    numbers = dict(max_steps=8, packing=packing, dtype=torch.float64)  # rounding would grow from step to step
     asked = run(make_trainer(tiny_llama, joint, **numbers))
     trainer = make_trainer(tiny_llama, joint, hidden_cache_gib=0.1, hidden_cache_on="device", **numbers)
     trainer.memory.fill(200)
     remembered = run(trainer)
-    for one, other in zip(remembered, asked, strict=True):  # other batches round otherwise, which training amplifies
-        assert one == pytest.approx(other, rel=5e-4, abs=1e-6)
+    for one, other in zip(remembered, asked, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["soft", "lk"])
