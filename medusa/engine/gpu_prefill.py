@@ -1,7 +1,6 @@
 """Prompts on a GPU: chunks of several sequences as flat chains over what is in their pages already.
 
-A pass of usual size is one CUDA graph: launched one by one, its kernels would take the host as long as the GPU, and the
-host serves streams meanwhile.
+A pass of usual size is one CUDA graph, so that the host, which also serves streams, is not busy with launches.
 
 After a prompt's last chunk the first token is drawn, the heads guess, and the row's device state is set; from then on
 the row takes part in decoding steps. Shapes: B sequences, L of them at their last chunk, M tokens of all chunks.

@@ -19,7 +19,7 @@ from medusa.kernels.state import Drafts
 
 SMALLEST = 16  # tokens that a pass is padded to; then powers of two
 STEP = 512  # tokens from which it is padded to multiples of this
-MOST_TOKENS = 1024  # of a graph: a larger pass takes longer than its launches one by one
+MOST_TOKENS = 1024  # of a graph: in larger passes arithmetic outweighs the launches
 CHUNKS = (1, 2, 4, 8)
 ALIGNED = 4  # numbers of 32 bits: kernels are compiled again where rows of a table begin at other places
 
