@@ -12,13 +12,14 @@ Shapes: M rows of X, N rows of W (columns of the result), K the reduced axis, S 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
+from medusa.kernels.widen import widened
 from medusa.quantization import QuantizedWeight
 
 Weight = torch.Tensor | QuantizedWeight
@@ -57,6 +58,7 @@ def _tile(
     BN: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """W[n, k0:k1] @ X[m, k0:k1].T, [BN, BM] in float32."""
     k = tl.arange(0, BK)
@@ -70,7 +72,7 @@ def _tile(
             inside = at < k1
             w = tl.load(W + n[:, None] * K + at[None, :], mask=(n < N)[:, None] & inside[None, :], other=0.0)
             x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & inside[None, :], other=0.0)
-        acc = tl.dot(w.to(X.dtype.element_ty), tl.trans(x), acc, input_precision=PRECISION)
+        acc = tl.dot(widened(w, X.dtype.element_ty, PACKED), tl.trans(x), acc, input_precision=PRECISION)
     return acc
 
 
@@ -94,6 +96,7 @@ def _matmul(
     EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -102,7 +105,7 @@ def _matmul(
     k0 = tl.program_id(2) * PER
     _ask_ahead(W + n * K + k0, W, AHEAD)
     await_inputs(PDL)
-    acc = _tile(X, W, m, n, k0, min(k0 + PER, K), M, N, sx, K, BK, BM, BN, EVEN, PRECISION)
+    acc = _tile(X, W, m, n, k0, min(k0 + PER, K), M, N, sx, K, BK, BM, BN, EVEN, PRECISION, PACKED)
     if W.dtype.element_ty.primitive_bitwidth == 8:
         acc *= tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
     if HAS_BIAS:
@@ -127,6 +130,7 @@ def _gated(
     BK: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    PACKED: tl.constexpr,
     AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -151,8 +155,8 @@ def _gated(
             wu = tl.load(W + N * K + n[:, None] * K + at[None, :], mask=inside, other=0.0)
             x = tl.load(X + m[:, None] * sx + at[None, :], mask=(m < M)[:, None] & (at < K)[None, :], other=0.0)
         x = tl.trans(x)
-        gate = tl.dot(wg.to(X.dtype.element_ty), x, gate, input_precision=PRECISION)
-        up = tl.dot(wu.to(X.dtype.element_ty), x, up, input_precision=PRECISION)
+        gate = tl.dot(widened(wg, X.dtype.element_ty, PACKED), x, gate, input_precision=PRECISION)
+        up = tl.dot(widened(wu, X.dtype.element_ty, PACKED), x, up, input_precision=PRECISION)
     if W.dtype.element_ty.primitive_bitwidth == 8:
         gate *= tl.load(SCALE + n, mask=n < N, other=0.0)[:, None]
         up *= tl.load(SCALE + N + n, mask=n < N, other=0.0)[:, None]
@@ -199,11 +203,19 @@ def plan_gated(num_rows: int) -> Tiles | None:
 
 
 def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles:
-    """The same for a weight of one byte a value. The library has no such product, so there is always a plan."""
-    tiles = plan_product(num_rows, num_out, size, may_split=may_split)
-    if tiles is None:
-        return Tiles(64 if num_rows <= 64 else 128, 128, 64, stages=4, warps=8)
-    return _wider(tiles)
+    """The same for a weight of one byte a value. The library has no such product, so there is always a plan.
+
+    Few rows take two warps a program: with four, or with more rows of W, each value is widened twice or its way to the
+    tensor cores is longer.
+    """
+    splits = 4 if may_split and size >= 1024 and num_rows <= LIBRARY_ROWS else 1
+    if num_rows <= 32:
+        return Tiles(16 if num_rows <= 16 else 32, 32, 128, splits, stages=4, warps=2)
+    if num_rows <= 64:
+        return Tiles(64, 64, 128, splits, stages=3 if num_out >= LIBRARY_COLUMNS else 4)
+    if num_rows <= LIBRARY_ROWS:
+        return Tiles(128, 64, 128 if splits > 1 else 64, splits, stages=3)
+    return Tiles(128, 128, 64, stages=4, warps=8)
 
 
 def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | None:
@@ -214,13 +226,9 @@ def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | None:
 
 def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | None:
     """The same for a gated product; None: take `product` and gate after it."""
-    tiles = plan_gated(num_rows)
-    return _wider(tiles) if tiles is not None and isinstance(weight, QuantizedWeight) else tiles
-
-
-def _wider(tiles: Tiles) -> Tiles:
-    """Twice the columns, so that as many bytes of a quantised weight are in flight, where X's tile leaves room."""
-    return replace(tiles, columns=2 * tiles.columns) if tiles.rows_x <= 32 else tiles
+    if isinstance(weight, QuantizedWeight):
+        return Tiles(16, 32, 128, stages=6, warps=2) if num_rows <= 16 else None
+    return plan_gated(num_rows)
 
 
 def matmul(
@@ -247,7 +255,7 @@ def matmul(
     _matmul[grid](
         x, values, scale, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
         K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps,
+        PRECISION=_precision(x), PACKED=x.is_cuda, AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps,
         num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
@@ -278,8 +286,8 @@ def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles, *, p
     _gated[grid](
         x, values, scale, out, num_rows, num_out, x.stride(0), out.stride(0),
         K=size, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, PRECISION=_precision(x),
-        AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x),
-        **options(pdl),
+        PACKED=x.is_cuda, AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps,
+        num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 

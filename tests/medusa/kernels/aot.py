@@ -150,7 +150,9 @@ def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
         types["OUT"] = "*fp32" if tiles.splits > 1 else "*bf16"
         if not constants["HAS_BIAS"]:
             constants["BIAS"] = None
-    constants = shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32", "AHEAD": ahead_of(tiles)} | constants
+    constants = (
+        shape | {"SCALE": None, "EVEN": True, "PRECISION": "tf32", "PACKED": True, "AHEAD": ahead_of(tiles)} | constants
+    )
     return Case(kernel, constants, types, tiles.warps, tiles.stages)
 
 
@@ -323,7 +325,7 @@ def quantized_cases() -> list[Case]:
 
 def tile_constants(tiles: Tiles) -> dict[str, object]:
     sizes = {"BM": tiles.rows_x, "BN": tiles.rows_w, "BK": tiles.columns}
-    return sizes | {"EVEN": True, "PRECISION": "tf32", "AHEAD": ahead_of(tiles)}
+    return sizes | {"EVEN": True, "PRECISION": "tf32", "PACKED": True, "AHEAD": ahead_of(tiles)}
 
 
 QUANTIZED_CASES = quantized_cases()

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 import medusa.kernels.matmul as kernels
 from medusa.kernels.matmul import Tiles, plan_gated_of, plan_of, plan_quantized
+from medusa.quantization import DTYPES as DTYPES_OF
 from medusa.quantization import QuantizedWeight, linear, quantize
 
 KINDS = ("int8", "fp8")
@@ -82,14 +83,27 @@ def test_every_number_of_rows_takes_the_kernel(rows, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 32, 64, 128, 129, 4096])
 @pytest.mark.parametrize("num_out", [512, 4096, 22016])
-def test_quantised_plans_exist_and_keep_the_bytes_in_flight(rows, num_out):
+def test_every_product_with_a_quantised_weight_has_a_plan(rows, num_out):
     weight = QuantizedWeight(torch.empty(num_out, 4096, dtype=torch.int8), torch.empty(num_out))
     for may_split in (False, True):
-        plain = kernels.plan_product(rows, num_out, 4096, may_split=may_split)
         tiles = plan_of(rows, weight, may_split=may_split)
         assert tiles == plan_quantized(rows, num_out, 4096, may_split=may_split)
-        if plain is not None and rows <= 32:
-            assert tiles.rows_w * tiles.columns == 2 * plain.rows_w * plain.columns
-    assert (plan_gated_of(rows, weight) is None) == (kernels.plan_gated(rows) is None)
+        assert tiles.splits == 1 or (may_split and rows <= kernels.LIBRARY_ROWS)
+    assert (plan_gated_of(rows, weight) is None) == (rows > 16)
     plain_weight = torch.empty(num_out, 4096, device="meta")
     assert plan_of(rows, plain_weight, may_split=True) == kernels.plan_product(rows, num_out, 4096, may_split=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_is_widened_exactly(kind, dtype):
+    """Products with the identity: on a GPU bfloat16's go through medusa/kernels/widen.py."""
+    values = torch.arange(256, dtype=torch.uint8).view(DTYPES_OF[kind])
+    values = torch.where(values.float().isnan(), torch.zeros(()), values.float()).to(DTYPES_OF[kind])
+    values_NK = values.view(torch.int8).repeat(64, 1).view(DTYPES_OF[kind])
+    x = torch.eye(256, dtype=dtype)[:128]
+    out = torch.full((128, 64), float("nan"), dtype=torch.float32)
+    kernels.matmul(x, QuantizedWeight(values_NK, torch.ones(64)), out, Tiles(16, 32, 32))
+    assert out.equal(values_NK.float().t()[:128])
+    kernels.matmul(x.flip(1), QuantizedWeight(values_NK, torch.ones(64)), out, Tiles(16, 32, 32))
+    assert out.equal(values_NK.float().t().flip(0)[:128])
