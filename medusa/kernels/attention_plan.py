@@ -11,6 +11,7 @@ import torch
 import triton
 
 MAX_SPLITS = 64
+FEW_SPLITS = 8  # beyond which there are more only where there would be fewer programs than processors
 MAX_ROWS = 64  # query rows of a tile
 UNEVEN = 4  # programs a processor below which whole tiles would leave processors idle at the launch's end
 PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
@@ -29,12 +30,13 @@ class AttentionPlan:
     tree_columns: int = 32
     warps: int = 4
     stages: int = 2
+    merged_in_place: int = 2
 
     @property
     def merges(self) -> bool:
-        """Whether the last program of a tile to arrive merges its splits; many are merged by a launch of their own,
-        where more programs share the work."""
-        return self.splits == 2
+        """Whether the last program of a tile to arrive merges its splits, as up to `merged_in_place` are; more are
+        merged by a launch of their own, where more programs share the work."""
+        return 1 < self.splits <= self.merged_in_place
 
     def stages_of(self, head_size: int, element_size: int) -> int:
         """Pipeline stages for a model's keys: large ones (a head of 256 in float32) leave no room for tiles ahead."""
@@ -58,10 +60,15 @@ class AttentionPlan:
         plan spills registers with heads of 128 in 16 bits (64 rows would on an A100, where the launch rotates too).
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
+        heads = batch_size * num_kv_heads
+        small_tiles = heads * triton.cdiv(packed, 16)
+        if not chain and group > 1 and packed > 16 and small_tiles <= processors:
+            return cls._of_small_tiles(small_tiles, processors, max_nodes)
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
-        programs = batch_size * num_kv_heads * triton.cdiv(packed, rows)
-        wanted = max(1, 2 * processors // programs)
-        splits = min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
+        programs = heads * triton.cdiv(packed, rows)
+        splits = min(MAX_SPLITS, _power_of_two(2 * processors / programs))
+        if splits > FEW_SPLITS:  # that many take long to merge
+            splits = max(FEW_SPLITS, min(MAX_SPLITS, _power_of_two(processors / programs)))
         if splits == 1 and not chain and programs < UNEVEN * processors:
             splits = 2
         tree_columns = 16 if max_nodes <= 16 else 32
@@ -69,6 +76,19 @@ class AttentionPlan:
             columns, warps = (32, 4) if splits == 1 else (64, 8)
             return cls(splits, rows, columns, max_nodes, tree_columns, warps)
         return cls(splits, rows, 64, max_nodes, tree_columns, stages=PIPELINED)
+
+    @classmethod
+    def _of_small_tiles(cls, programs: int, processors: int, max_nodes: int) -> AttentionPlan:
+        """Where heads share keys and there are fewer programs than processors: tiles of 16 rows read the keys again,
+        from L2, but each is done sooner."""
+        splits = min(4, _power_of_two(2 * processors / programs))
+        tree_columns = 16 if max_nodes <= 16 else 32
+        return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=4)
+
+
+def _power_of_two(most: float) -> int:
+    """The largest that is at most `most`, but at least 1."""
+    return 1 << (max(1, int(most)).bit_length() - 1)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,9 @@ class Batch:
     def starts(self):
         return [sum(self.counts[:b]) for b in range(len(self.counts))]
 
-    def run(self, splits, *, rows=16, columns=16, **options):
+    def run(self, splits, *, rows=16, columns=16, merged_in_place=2, **options):
         """The kernel's result; rows of no sequence must have been left alone."""
-        plan = AttentionPlan(splits=splits, rows=rows, columns=columns, max_nodes=max(self.counts))
+        plan = AttentionPlan(splits, rows, columns, max(self.counts), merged_in_place=merged_in_place)
         visible = Visible(
             *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),
             self.length, self.tables, *((None, None) if self.chain else (self.bits, self.depth)),
@@ -88,7 +88,7 @@ class Batch:
         return step.attend(0, query, new[None, 0], new[None, 1], 0.3, window, softcap)[0]
 
 
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize(("splits", "merged_in_place"), [(1, 2), (4, 2), (4, 4)])
 @pytest.mark.parametrize(
     ("counts", "shape"),
     [
@@ -99,9 +99,10 @@ class Batch:
         ([40, 0, 5], dict(heads=4, groups=1, size=16, chain=True)),
     ],
 )
-def test_equals_plain_tree_attention(counts, shape, splits):
+def test_equals_plain_tree_attention(counts, shape, splits, merged_in_place):
     batch = Batch(len(counts), counts, **shape)
-    torch.testing.assert_close(batch.run(splits), batch.expected(), atol=1e-5, rtol=1e-5, equal_nan=True)
+    found = batch.run(splits, merged_in_place=merged_in_place)
+    torch.testing.assert_close(found, batch.expected(), atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("chain", [False, True])
@@ -148,6 +149,26 @@ def test_plans_stay_within_their_scratch():
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
                             assert plan.splits * num_nodes <= len(scratch.part)
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
+
+
+def test_tiles_and_splits_follow_the_room_on_the_gpu():
+    """By heads, key-value heads, sequences and nodes, on 132 processors: rows a tile, splits, merged in place."""
+    expected = {
+        (32, 32, 1, 1): (16, 8, False),
+        (32, 32, 1, 32): (32, 8, False),
+        (32, 32, 1, 64): (32, 4, False),
+        (32, 32, 4, 32): (32, 2, True),
+        (32, 8, 1, 1): (16, 16, False),
+        (32, 8, 1, 16): (16, 4, True),
+        (32, 8, 1, 64): (16, 2, True),
+        (32, 8, 16, 8): (32, 2, True),
+    }
+    for (heads, groups, batch, nodes), cut in expected.items():
+        plan = AttentionPlan.of(
+            batch_size=batch, num_nodes=batch * nodes, max_nodes=nodes, chain=False, group=heads // groups,
+            num_kv_heads=groups, processors=132,
+        )  # fmt: skip
+        assert (plan.rows, plan.splits, plan.merges) == cut
 
 
 def test_keys_that_leave_no_room_for_tiles_ahead_have_two_stages():
