@@ -36,6 +36,7 @@ HEADS: dict[str, tuple[type[DraftHeads], Vocabulary]] = {
     "shared": (MedusaHeads, "shared"),
     "own": (MedusaHeads, "own"),
     "hydra": (HydraHeads, "shared"),
+    "hydra-own": (HydraHeads, "own"),
 }
 QUANTIZATIONS = get_args(Quantization)
 NUM_HEADS = 4
@@ -85,6 +86,7 @@ class StepsConfig:
     model: str = "models/chat-8m"
     inflate: str | None = None
     heads: tuple[str, ...] = ("shared",)
+    head_layers: int = 1
     context: int = 1000
     repeats: int = 40
     profile: bool = False
@@ -96,6 +98,8 @@ class StepsConfig:
     def __post_init__(self) -> None:
         if not self.heads or not set(self.heads) <= set(HEADS):
             raise ConfigError(f"--heads lists any of {', '.join(HEADS)}, got {','.join(self.heads)!r}")
+        if self.head_layers < 1:
+            raise ConfigError(f"--head-layers is at least 1, got {self.head_layers}")
         check_dtype(self.dtype)
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(f"--quantization is one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
@@ -130,7 +134,7 @@ def _time_heads(
     name: str, backbone: Backbone, tokenizer: ChatTokenizer, config: StepsConfig, copy_rate: float
 ) -> Iterator[tuple[StepRow, list[KernelRow]]]:
     """Each shape with an engine that is gone at the end."""
-    checkpoint = _fresh_heads(backbone, name, tokenizer)
+    checkpoint = _fresh_heads(backbone, name, config.head_layers, tokenizer)
     engine = Engine(
         backbone,
         tokenizer,
@@ -211,18 +215,19 @@ def _profiled(engine: Engine) -> list[tuple[str, float, float, float]]:
     return sorted(found, key=lambda each: -each[3])
 
 
-def _fresh_heads(backbone: Backbone, name: str, tokenizer: ChatTokenizer) -> Checkpoint:
+def _fresh_heads(backbone: Backbone, name: str, num_layers: int, tokenizer: ChatTokenizer) -> Checkpoint:
     """Untrained heads: they cost what trained ones do. Noise in their blocks, so that no kernel sees zeros."""
     kind, vocabulary = HEADS[name]
     config = HeadsConfig(
         num_heads=NUM_HEADS,
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
+        num_layers=num_layers,
         vocabulary=vocabulary,
     )
     heads = kind.initialised(config, backbone.lm_head_weight).eval().requires_grad_(False)
     generator = torch.Generator(backbone.device).manual_seed(0)
-    for block in (head[0] for head in heads):  # type: ignore[index]
+    for block in (head[layer] for head in heads for layer in range(num_layers)):  # type: ignore[index]
         block.linear.weight.normal_(0, NOISE, generator=generator)
     reference = BackboneRef(name=backbone.name, weights_digest=backbone.digest, tokenizer_digest=tokenizer.digest)
     return Checkpoint(heads, CheckpointMeta.of(heads, reference))
@@ -237,6 +242,7 @@ def _settings(backbone: Backbone, config: StepsConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "copy rate, GB/s": round(hardware.copy_rate(backbone.device) / 1e9, 1),
         "weights, GB": round(hardware.weight_bytes(backbone) / 1e9, 3),
+        "layers of a head": config.head_layers,
         "context": config.context,
         "steps": config.repeats,
     }

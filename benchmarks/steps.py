@@ -14,8 +14,8 @@ from medusa.config import ConfigError
 
 HEADS = (
     "Heads, comma-separated, an engine for each: Medusa heads over the LM head's vocabulary matrix (shared) or with "
-    "matrices of their own (own), or Hydra heads over the LM head's (hydra), which guess at the beginning of a step, "
-    "one depth of the tree after another."
+    "matrices of their own (own), or Hydra heads over either (hydra, hydra-own), which guess at the beginning of a "
+    "step, one depth of the tree after another."
 )
 SHAPES = "1x1,1x8,1x16,1x32,1x64,2x1,2x64,4x1,4x16,4x32,16x1,16x4,16x8,32x1,32x4,64x1,64x2"
 
@@ -25,6 +25,7 @@ def steps(
     inflate: Annotated[str | None, typer.Option(help="Embed it in a larger shape: vicuna-7b, ...")] = None,
     shapes: Annotated[str, typer.Option(help="Sequences x nodes of each one's tree, comma-separated.")] = SHAPES,
     heads: Annotated[str, typer.Option(help=HEADS)] = "shared",
+    head_layers: Annotated[int, typer.Option(help="Layers of a head before its vocabulary matrix.")] = 1,
     context: Annotated[int, typer.Option(help="Tokens of each prompt.")] = 1000,
     repeats: Annotated[int, typer.Option(help="Timed steps of each shape.")] = 40,
     profile: Annotated[bool, typer.Option("--profile", help="Also list each GPU kernel's part.")] = False,
@@ -46,6 +47,7 @@ def steps(
         model=model,
         inflate=inflate,
         heads=tuple(heads.split(",")),
+        head_layers=head_layers,
         context=context,
         repeats=repeats,
         profile=profile,

@@ -19,7 +19,7 @@ from medusa.heads import DraftHeads
 from medusa.hydra import HydraHeads
 from tests.medusa.engine.support import load
 
-HEADS = ("shared", "own", "hydra")
+HEADS = ("shared", "own", "hydra", "hydra-own")
 
 
 def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -42,13 +42,29 @@ def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path
     read = hardware.weight_bytes(backbone) + (30 + 6 + 2.5) * hardware.kv_bytes_per_token(backbone)
     rate = content["settings"]["copy rate, GB/s"] * 1e9
     assert plain["of_copy"] == pytest.approx(read / (plain["step_ms"] / 1e3) / rate)
-    for heads, copies in (("shared", 1), ("own", 0), ("hydra", 4)):  # reads of the LM head's matrix by the heads
+    for heads, matrices in (("shared", 1), ("own", 4), ("hydra", 4), ("hydra-own", 4)):  # of a vocabulary, read
         row = by[heads, 1, 8]
-        blocks = 4 * (64 * 64 + 64) * 4 if heads != "hydra" else ((2 + 3 + 4 + 5) * 64 * 64 + 4 * 64) * 4
-        its = copies * backbone.lm_head_weight.nbytes if copies else 4 * backbone.lm_head_weight.nbytes
+        blocks = ((2 + 3 + 4 + 5) * 64 * 64 + 4 * 64) * 4 if "hydra" in heads else 4 * (64 * 64 + 64) * 4
+        its = matrices * backbone.lm_head_weight.nbytes
         assert row["of_copy"] == pytest.approx((read + blocks + its) / (row["step_ms"] / 1e3) / rate)
     assert page == (tmp_path / "steps.md").read_text()
     assert all(f"| 1 x 8 | {heads} |" in page for heads in HEADS)
+
+
+def test_layers_of_a_head_are_counted(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(hardware.COPY_BYTES, "cpu", 2**20)
+    bytes_read = []
+    for layers in (1, 3):
+        config = StepsConfig(
+            out=tmp_path, shapes=((1, 4),), model=str(tiny_llama), heads=("hydra-own",), head_layers=layers, context=8,
+            repeats=3, device="cpu",
+        )  # fmt: skip
+        time_steps(config)
+        content = json.loads((tmp_path / "steps.json").read_text())
+        assert content["settings"]["layers of a head"] == layers
+        row, rate = content["rows"][0], content["settings"]["copy rate, GB/s"] * 1e9
+        bytes_read.append(row["of_copy"] * row["step_ms"] / 1e3 * rate)
+    assert bytes_read[1] - bytes_read[0] == pytest.approx(4 * 2 * (64 * 64 + 64) * 4)
 
 
 def test_weights_of_one_byte_are_timed_and_counted_as_such(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -96,8 +112,8 @@ def test_each_engine_is_gone_before_the_next_is_made(tiny_llama: Path, tmp_path:
             out=tmp_path, shapes=((1, 2),), model=str(tiny_llama), heads=HEADS, context=8, repeats=3, device="cpu"
         )
     )
-    assert held == [(MedusaHeads, 0), (MedusaHeads, 0), (HydraHeads, 0)]
-    assert cleared == [0, 0, 0]
+    assert held == [(MedusaHeads, 0), (MedusaHeads, 0), (HydraHeads, 0), (HydraHeads, 0)]
+    assert cleared == [0, 0, 0, 0]
 
 
 def test_heads_are_of_the_kind_asked_for_and_hold_no_zeros(tiny_llama: Path) -> None:
@@ -106,10 +122,11 @@ def test_heads_are_of_the_kind_asked_for_and_hold_no_zeros(tiny_llama: Path) -> 
         ("shared", MedusaHeads, "shared"),
         ("own", MedusaHeads, "own"),
         ("hydra", HydraHeads, "shared"),
+        ("hydra-own", HydraHeads, "own"),
     ):
-        heads = stepping._fresh_heads(backbone, name, tokenizer).heads
+        heads = stepping._fresh_heads(backbone, name, 2, tokenizer).heads
         assert type(heads) is kind and heads.config.vocabulary == vocabulary
-        assert all((head[0].linear.weight != 0).float().mean() > 0.99 for head in heads)
+        assert all((head[i].linear.weight != 0).float().mean() > 0.99 for head in heads for i in range(2))
 
 
 def test_a_larger_shape_is_timed_by_the_command(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
@@ -125,9 +142,10 @@ def test_a_larger_shape_is_timed_by_the_command(tiny_llama: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"heads": ("mine",)}, "--heads lists any of shared, own, hydra, got 'mine'"),
+        ({"heads": ("mine",)}, "--heads lists any of shared, own, hydra, hydra-own, got 'mine'"),
         ({"shapes": ((1, 65),)}, "1 to 64 nodes"),
         ({"shapes": ((0, 1),)}, "at least one sequence"),
+        ({"head_layers": 0}, "--head-layers is at least 1, got 0"),
         ({"repeats": 2}, "--repeats is at least 3"),
         ({"dtype": "int4"}, "--dtype is one of"),
         ({"quantization": "int4"}, "--quantization is one of int8, fp8, got 'int4'"),
