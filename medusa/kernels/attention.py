@@ -2,7 +2,7 @@
 
 Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as
 rows of one tile; the last split adds the step's own nodes under their ancestor bits. The splits are merged by their
-log-sum-exp, in their order: two by the program that arrives last, more in a second launch. A tree of one node is plain
+log-sum-exp, in their order: few by the program that arrives last, more in a second launch. A tree of one node is plain
 decoding; a chain (each node sees all nodes before it) is a chunk of a prompt. The plain twin is
 `medusa.kernels.tree_attention`.
 

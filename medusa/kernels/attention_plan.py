@@ -62,7 +62,7 @@ class AttentionPlan:
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         heads = batch_size * num_kv_heads
         small_tiles = heads * triton.cdiv(packed, 16)
-        if not chain and group > 1 and packed > 16 and small_tiles <= processors:
+        if not chain and group > 1 and packed > 16 and small_tiles <= processors <= 16 / 3 * small_tiles:
             return cls._of_small_tiles(small_tiles, processors, max_nodes)
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
         programs = heads * triton.cdiv(packed, rows)
@@ -79,8 +79,8 @@ class AttentionPlan:
 
     @classmethod
     def _of_small_tiles(cls, programs: int, processors: int, max_nodes: int) -> AttentionPlan:
-        """Where heads share keys and there are fewer programs than processors: tiles of 16 rows read the keys again,
-        from L2, but each is done sooner."""
+        """Where heads share keys and tiles of 16 rows are fewer than processors, but in four splits three quarters of
+        them at least: they read the keys again, from L2, but each is done sooner."""
         splits = min(4, _power_of_two(2 * processors / programs))
         tree_columns = 16 if max_nodes <= 16 else 32
         return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=4)

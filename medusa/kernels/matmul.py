@@ -205,8 +205,8 @@ def plan_gated(num_rows: int) -> Tiles | None:
 def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles:
     """The same for a weight of one byte a value. The library has no such product, so there is always a plan.
 
-    Few rows take two warps a program: with four, or with more rows of W, each value is widened twice or its way to the
-    tensor cores is longer.
+    Few rows take 32 rows of W and two warps a program, of which each widens values of its own; four would widen each
+    value twice, and four on 64 rows take another way to the tensor cores, which was slower.
     """
     splits = 4 if may_split and size >= 1024 and num_rows <= LIBRARY_ROWS else 1
     if num_rows <= 32:
@@ -249,14 +249,13 @@ def matmul(
         raise ValueError(
             f"{tiles.splits} splits write [S, M, N] without bias; got out {tuple(out.shape)}, bias {bias is not None}"
         )
-    per = triton.cdiv(triton.cdiv(size, splits), tiles.columns) * tiles.columns
     even = size % tiles.columns == 0 and num_out % tiles.rows_w == 0
     grid = (triton.cdiv(num_out, tiles.rows_w), triton.cdiv(num_rows, tiles.rows_x), splits)
     _matmul[grid](
         x, values, scale, bias, out, num_rows, num_out, x.stride(0), out.stride(-2), out.stride(0) if splits > 1 else 0,
-        K=size, PER=per, BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even, HAS_BIAS=bias is not None,
-        PRECISION=_precision(x), PACKED=x.is_cuda, AHEAD=_ahead(tiles, size, even, pdl), PDL=pdl, num_warps=tiles.warps,
-        num_stages=_stages(tiles, x), **options(pdl),
+        K=size, PER=_per_split(tiles, size), BM=tiles.rows_x, BN=tiles.rows_w, BK=tiles.columns, EVEN=even,
+        HAS_BIAS=bias is not None, PRECISION=_precision(x), PACKED=x.is_cuda, AHEAD=_ahead(tiles, size, even, pdl),
+        PDL=pdl, num_warps=tiles.warps, num_stages=_stages(tiles, x), **options(pdl),
     )  # fmt: skip
     return out
 
@@ -296,10 +295,15 @@ def _parts(weight: Weight) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (weight.values, weight.scale) if isinstance(weight, QuantizedWeight) else (weight, None)
 
 
+def _per_split(tiles: Tiles, size: int) -> int:
+    """Columns of the weight that a split takes: whole tiles; the last may have fewer, or none."""
+    return triton.cdiv(triton.cdiv(size, tiles.splits), tiles.columns) * tiles.columns
+
+
 def _ahead(tiles: Tiles, size: int, even: bool, pdl: bool) -> int:
     """Columns of the weight to ask for before the inputs are there: with few rows the memory bus is idle then. None of
-    a weight whose splits have fewer: the last row's would lie behind its end."""
-    fits = size >= AHEAD_COLUMNS * tiles.splits
+    a weight whose last split has fewer: the last row's would lie behind its end."""
+    fits = (tiles.splits - 1) * _per_split(tiles, size) + AHEAD_COLUMNS <= size
     return AHEAD_COLUMNS if pdl and even and fits and tiles.rows_x == 16 else 0
 
 

@@ -1,7 +1,7 @@
 """Weights of one byte on their way to the tensor cores, as bfloat16, two at a time.
 
-The hardware's own conversions run at an eighth of the rate of other arithmetic or less, so that a product would cost
-conversions and not bytes. Here a value's bits are moved into place and one multiply-add makes it exact:
+With the hardware's conversions of e4m3 a step took longer than its bytes (docs/performance.md). Here a value's bits are
+moved into place and one multiply-add makes it exact:
 
     int8   0x4300 | low 7 bits is 128 + them; 128, or with the sign bit 256, is taken off
     e4m3   sign, exponent and fraction at bfloat16's places are the value times 2^-120, the smallest ones included

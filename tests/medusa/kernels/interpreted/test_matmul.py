@@ -16,8 +16,10 @@ from medusa.kernels.matmul import (
     matmul,
     plan_gated,
     plan_product,
+    plan_quantized,
     product,
 )
+from medusa.quantization import QuantizedWeight
 
 NAN = float("nan")
 
@@ -86,7 +88,7 @@ def test_plans_leave_to_the_library_what_is_too_large():
     assert plan_gated(64) is not None and plan_gated(65) is None
 
 
-@pytest.mark.parametrize("size", [64, 128, 256, 1024])
+@pytest.mark.parametrize("size", [64, 128, 256, 1024, 1152, 1664])
 def test_what_is_asked_for_ahead_lies_within_the_weight(size, monkeypatch):
     """With few rows and dependent launch only; the launch is looked at, not made."""
     launched = []
@@ -106,6 +108,12 @@ def test_what_is_asked_for_ahead_lies_within_the_weight(size, monkeypatch):
             (_, _, splits), constants = launched.pop()
             assert (splits - 1) * constants["PER"] + constants["AHEAD"] <= size
             assert (constants["AHEAD"] == AHEAD_COLUMNS) == (pdl and rows <= 16 and size >= AHEAD_COLUMNS)
+            quantized = QuantizedWeight(weight.to(torch.int8), torch.ones(256))
+            tiles = plan_quantized(rows, 256, size, may_split=may_split)
+            out = torch.empty(tiles.splits, rows, 256) if tiles.splits > 1 else torch.empty(rows, 256)
+            matmul(x[:1].expand(rows, size), quantized, out, tiles, pdl=pdl)
+            (_, _, splits), constants = launched.pop()
+            assert (splits - 1) * constants["PER"] + constants["AHEAD"] <= size
     gated(x, weight, torch.empty(4, 128), plan_gated(4), pdl=True)
     assert launched.pop()[1]["AHEAD"] == (AHEAD_COLUMNS if size >= AHEAD_COLUMNS else 0)
 
