@@ -185,7 +185,7 @@ def compare(
     asked = {c: load.asked(tokenizer, c) for c in load.concurrencies}
     alone = in_new_process(measure_engine, config, asked, load_it)
     keep_engine(alone)
-    with _running(config, through, load_it) as service:
+    with running_service(config, through, load_it) as service:
         served = [asyncio.run(measure_service(service, load, each, c)) for c, each in asked.items()]
     return [Comparison(c, a, s) for c, a, s in zip(load.concurrencies, alone, served, strict=True)]
 
@@ -286,7 +286,7 @@ async def _ask_all(connections: Sequence[Connection], path: str, questions: Sequ
 
 
 @contextmanager
-def _running(config: ServerConfig, through: Through, load_it: LoadEngine) -> Iterator[Running]:
+def running_service(config: ServerConfig, through: Through, load_it: LoadEngine) -> Iterator[Running]:
     if through == "ray":
         from deployments.local import local_service  # a machine without Ray can measure the other way
 

@@ -49,10 +49,14 @@ def write_engine_alone(
     _write_json(directory, partial | _settings(config, load, through, pacing) | {"rows": rows})
 
 
+def machine() -> str:
+    """The GPU's name, or what processor there is."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+
+
 def _settings(config: ServerConfig, load: Load, through: Through, pacing: Pacing | None) -> dict[str, Any]:
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {
-        "machine": machine,
+        "machine": machine(),
         "model": config.served_name,
         "heads": config.heads,
         "speculation": config.speculation,

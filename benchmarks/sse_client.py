@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +16,20 @@ _DONE = b"data: [DONE]"
 _TAIL = 8192  # of a body, kept for its last events
 
 
+class Refused(RuntimeError):
+    """The service answered with another status than 200."""
+
+    def __init__(self, status: int, head: str, body: str) -> None:
+        super().__init__(f"{status}: {body[-300:]}")
+        self.status, self.head = status, head
+
+
 @dataclass(frozen=True)
 class Streamed:
-    """A reply that came whole: seconds to its first event, and its last event but [DONE]."""
+    """A reply that came whole: seconds to its first event and to its end, and its last event but [DONE]."""
 
     first_s: float
+    total_s: float
     last: dict[str, Any]
 
 
@@ -30,6 +40,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._done: asyncio.Future[None] | None = None
         self._head = self._body = b""
+        self._received = 0  # bytes of the body, of which `_body` is the end
+        self._length: int | None = None
         self._first: float | None = None
 
     @classmethod
@@ -38,21 +50,24 @@ class Connection(asyncio.Protocol):
         return connection
 
     async def ask(self, path: str, body: Mapping[str, Any]) -> Streamed:
-        """Raises RuntimeError for an answer that is not a whole stream."""
+        """Raises Refused for an error, RuntimeError for an answer that is not a whole stream."""
         assert self._transport is not None
         content = json.dumps(body).encode()
         head = (
             f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
         )
-        self._head, self._body, self._first = b"", b"", None
+        self._head, self._body, self._received, self._first = b"", b"", 0, None
         self._done = asyncio.get_running_loop().create_future()
         started = time.perf_counter()
         self._transport.write(head.encode() + _HEAD_END + content)
         await self._done
+        ended = time.perf_counter()
+        if (status := int(self._head.split(None, 2)[1])) != 200:
+            raise Refused(status, self._head.decode("latin-1"), self._body.decode("utf-8", "replace"))
         events = [line for line in self._body.splitlines() if line.startswith(b"data: ")]
         if self._first is None or len(events) < 2 or not events[-1].startswith(_DONE):
             raise RuntimeError(f"{path} did not give a whole stream: {self._head[:80]!r} ... {self._body[-300:]!r}")
-        return Streamed(self._first - started, json.loads(events[-2][6:]))
+        return Streamed(self._first - started, ended - started, json.loads(events[-2][6:]))
 
     def close(self) -> None:
         if self._transport is not None:
@@ -69,11 +84,15 @@ class Connection(asyncio.Protocol):
             self._head += data
             if _HEAD_END not in self._head:
                 return
-            data = self._head.partition(_HEAD_END)[2]
+            self._head, _, data = self._head.partition(_HEAD_END)
+            self._head += _HEAD_END
+            length = re.search(rb"(?i)content-length: *(\d+)", self._head)
+            self._length = int(length[1]) if length else None  # None: chunked
         if self._first is None and data:
             self._first = time.perf_counter()
         self._body = (self._body + data)[-_TAIL:]
-        if self._body.endswith(_BODY_END) or b"chunked" not in self._head:
+        self._received += len(data)
+        if self._body.endswith(_BODY_END) if self._length is None else self._received >= self._length:
             self._end(None)
 
     def connection_lost(self, error: Exception | None) -> None:

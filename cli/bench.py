@@ -6,6 +6,7 @@ import typer
 
 from benchmarks.attention import attention
 from benchmarks.decode import decode
+from benchmarks.overload import overload
 from benchmarks.serve import serve
 from benchmarks.start import start
 from benchmarks.steps import steps
@@ -22,6 +23,7 @@ app.command()(decode)
 app.command()(steps)
 app.command()(attention)
 app.command()(serve)
+app.command()(overload)
 app.command()(start)
 app.command()(trees)
 app.command()(quantization)
