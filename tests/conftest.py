@@ -35,6 +35,10 @@ os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])),
 )
 os.environ.pop("RAY_ADDRESS", None)  # never a cluster that somebody else runs
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from tests.medusa.interpreter import patch_language_once
+
+    patch_language_once()
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. How many foxes does it take to make a pack?",

@@ -8,10 +8,10 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -74,20 +74,9 @@ class FolderRun:
         return self.output.read()
 
 
-_started: dict[Path, FolderRun] = {}
-
-
-def start_early(folders: Iterable[Path]) -> None:
-    """Interpreted kernels are slow: their tests run beside the others that come before their results are asked for.
-    Those marked as slow are left to a run of their own."""
-    for folder in folders:
-        if folder not in _started:
-            _started[folder] = FolderRun.start(folder, interpreted() | {"PYTEST_ADDOPTS": "-m 'not slow'"})
-
-
 def interpreted_results(folder: Path) -> tuple[dict[str, list[int]], str]:
-    start_early([folder])
-    return _started.pop(folder).finished()
+    """Of the folder's tests that are not marked as slow: those are left to a run of their own."""
+    return FolderRun.start(folder, interpreted() | {"PYTEST_ADDOPTS": "-m 'not slow'"}).finished()
 
 
 def assert_passed(results: tuple[dict[str, list[int]], str], file: str) -> None:
@@ -97,6 +86,26 @@ def assert_passed(results: tuple[dict[str, list[int]], str], file: str) -> None:
     assert passed > 0, output
 
 
-def end_all() -> None:
-    while _started:
-        _started.popitem()[1].end()
+@dataclass(frozen=True)
+class _NothingToRestore:
+    def restore(self) -> None: ...
+
+
+def patch_language_once() -> None:
+    """Halves the time that kernels are interpreted in, in a process where all of them are.
+
+    At each launch, and at each call of one jitted function by another, Triton goes through all names of
+    `triton.language` to replace the compiler's functions by the interpreter's, and after a launch puts them back. Here
+    they stay, once replaced in what a module sees as the language.
+    """
+    from triton.runtime import interpreter
+
+    patch, patched = interpreter._patch_lang, set[str]()
+
+    def patch_once(fn: Callable[..., Any]) -> _NothingToRestore:
+        if (module := fn.__globals__["__name__"]) not in patched:
+            patch(fn)
+            patched.add(module)
+        return _NothingToRestore()
+
+    interpreter._patch_lang = patch_once
