@@ -22,6 +22,9 @@ os.environ.update(
     RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0",
     RAY_TRAIN_METRICS_ENABLED="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    # A proxy that starts beside other tests on few cores takes longer than the 5 s after which Serve ends it.
+    RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S="60",
+    RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S="60",
     HF_HUB_OFFLINE="1",
     TRANSFORMERS_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",

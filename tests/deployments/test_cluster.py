@@ -75,8 +75,10 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(ray_cluster, tiny_llama):
-    yield Service(tiny_llama)
-    serve.shutdown()
+    try:
+        yield Service(tiny_llama)
+    finally:
+        serve.shutdown()
 
 
 @pytest.fixture(scope="module")
