@@ -5,6 +5,7 @@
 #   EXTRAS=dev,gpu                 the optional sets of pyproject.toml to install
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    another index to take the build of torch from
 #   ARGS="..."                     more arguments for pytest, `medusa demo` or `medusa serve`
+#   TEST_PROCESSES=2               how many processes `make test` runs the tests in; 0: one, in which --pdb works
 #   REQUIRE_SERVICES=1             a test whose service (PostgreSQL, Redis, kubectl, moto) is missing fails, not skips
 
 SHELL := bash
@@ -17,6 +18,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 TORCH_INDEX ?=
 ARGS ?=
+TEST_PROCESSES ?= 2
 REQUIRE_SERVICES ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -55,7 +57,7 @@ serve: $(STAMP) ## the REST service on this machine (ARGS="--model models:/NAME@
 	$(BIN)/medusa serve $(ARGS)
 
 test: lint types ## lint, types and the fast tests
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_PROCESSES) --no-loadscope-reorder $(ARGS)
 
 test-all: lint types ## lint, types and every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

@@ -92,6 +92,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from tests.processes import FilesAndRay
+
+    return FilesAndRay(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes
+        from tests.processes import place
+
+        items.sort(key=lambda item: place(item.nodeid))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A Ray of this session's own, on 4 logical CPUs (fewer: Ray Train with datasets hangs)."""
