@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from deployments import logs
 from deployments.async_engine import AsyncEngine
 from deployments.handover import Pace
 from medusa import EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
@@ -200,3 +202,14 @@ def serve_live() -> Iterator[Callable[[FastAPI], str]]:
     yield serve
     for server in servers:
         server.close()
+
+
+@pytest.fixture
+def logs_as_before() -> Iterator[None]:
+    """What a service writes its logs by is the process's: this gives back to the next test what was there."""
+    loggers = [logging.getLogger(name) for name in logs.LOGGERS]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)

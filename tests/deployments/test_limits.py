@@ -102,19 +102,13 @@ async def test_a_line_for_each_request_with_its_id_and_what_it_cost(async_engine
     assert "secret" not in caplog.text
 
 
+@pytest.mark.usefixtures("logs_as_before")
 async def test_logs_are_json_with_the_request_id(async_engine, tokenizer, scripted, capsys, monkeypatch):
-    loggers = [logging.getLogger(name) for name in logs.LOGGERS]
-    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
-    try:
-        logs.install(requests=True)
-        scripted.fault = RuntimeError("CUDA error in /some/where")
-        await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "one"})
-        monkeypatch.setattr(tokenizer, "encode", lambda text: 1 / 0)
-        await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "two"})
-    finally:
-        for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
-            logger.handlers, logger.propagate = handlers, propagate
-            logger.setLevel(level)
+    logs.install(requests=True)
+    scripted.fault = RuntimeError("CUDA error in /some/where")
+    await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "one"})
+    monkeypatch.setattr(tokenizer, "encode", lambda text: 1 / 0)
+    await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "two"})
     entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     by_id = {entry["request_id"]: entry for entry in entries if "status" in entry}
     assert by_id["one"]["status"] == 503

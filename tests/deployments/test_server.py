@@ -156,6 +156,7 @@ def test_a_damaged_backbone_is_not_served(tiny_llama, tmp_path):
         load_service(ServerConfig(model=str(folder), max_batch_size=1))
 
 
+@pytest.mark.usefixtures("logs_as_before")
 async def test_a_replica_is_as_healthy_as_its_engine(tiny_llama, monkeypatch):
     written = MedusaServer.func_or_class.__mro__[1]  # what Serve wraps
     replica = written({"model": str(tiny_llama), "max_batch_size": 1})
