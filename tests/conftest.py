@@ -30,6 +30,7 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     TOKENIZERS_PARALLELISM="false",
     MLFLOW_DISABLE_TELEMETRY="true",
+    MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",  # nobody asks for jobs, for which a server starts six more processes
     DO_NOT_TRACK="true",
     AWS_EC2_METADATA_DISABLED="true",
     # Threads of a process wait for each other by spinning, which beside Ray on few cores costs more than it saves.

@@ -1,4 +1,4 @@
-"""The services, started once a session by whoever asks first."""
+"""The services, each started by whoever asks first; MLflow and its database end with the file that asked."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def bucket(s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, requ
     return f"s3://{name}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder: Path = tmp_path_factory.mktemp("postgres")
     with services.postgres_server(folder) as address:
         yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mlflow_url(
     postgres: str, s3_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
