@@ -11,7 +11,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-all lint types format clean
+.PHONY: help setup tools demo serve test test-all lint types format clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +22,8 @@ TEST_PROCESSES ?= 2
 REQUIRE_SERVICES ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TOOLS := .tools
+TOOLS_STAMP := $(TOOLS)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
 # Nothing below reaches for the network, reports usage, or waits for a token of Ray's.
@@ -50,6 +52,15 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) --editable ".[$(EXTRAS)]"
 	@touch $(STAMP)
 
+tools: $(TOOLS_STAMP) ## lm_eval and guidellm, with which slow tests judge the service, in an environment of their own
+
+$(TOOLS_STAMP): benchmarks/tools.txt constraints.txt
+	test -x $(TOOLS)/bin/python || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --constraint constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install --requirement benchmarks/tools.txt
+	@touch $(TOOLS_STAMP)
+
 demo: $(STAMP) ## the whole path on the small model in this repository: distil, train, prove, serve, ask
 	$(BIN)/medusa demo $(ARGS)
 
@@ -59,8 +70,8 @@ serve: $(STAMP) ## the REST service on this machine (ARGS="--model models:/NAME@
 test: lint types ## lint, types and the fast tests
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_PROCESSES) --no-loadscope-reorder $(ARGS)
 
-test-all: lint types ## lint, types and every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+test-all: lint types tools ## lint, types and every test that needs no GPU
+	PATH="$$PATH:$(CURDIR)/$(TOOLS)/bin" $(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check
@@ -74,5 +85,5 @@ format: $(STAMP) ## rewrite the files as `make lint` wants them
 	$(BIN)/ruff format
 
 clean: ## remove the environment and everything that was made
-	rm -rf $(VENV) build dist runs mlruns mlflow.db *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TOOLS) build dist runs mlruns mlflow.db *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """Tools that others evaluate and load services with: lm_eval by log-probabilities, guidellm as a load.
 
-Each is run by its command where that is on the PATH (docs/operating.md says how to install them beside the project, as
-their own requirements are not this project's).
+Each is run by its command, which `make tools` installs in an environment of its own, as their requirements are not this
+project's; `make test-all` has it on the PATH.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -19,10 +18,10 @@ from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
 from medusa import Engine, SamplingParams
 from tests.deployments.conftest import LiveServer
+from tests.integration.services import program
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
-LM_EVAL, GUIDELLM = shutil.which("lm_eval"), shutil.which("guidellm")
 TASK = """
 task: local_choice
 dataset_path: json
@@ -58,8 +57,8 @@ def run(command, tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
-@pytest.mark.skipif(LM_EVAL is None, reason="lm_eval is not on the PATH")
 def test_lm_eval_gets_the_models_own_logprobs(url, tiny_llama, tmp_path):
+    lm_eval = program("lm_eval")
     rng = random.Random(0)
     words = "the quick brown fox jumps over a lazy dog and asks how many more it takes"
     rows = [
@@ -74,7 +73,7 @@ def test_lm_eval_gets_the_models_own_logprobs(url, tiny_llama, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "local_choice.yaml").write_text(TASK.format(data=data))
     arguments = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend=huggingface,tokenizer={tiny_llama}"
-    command = [LM_EVAL, "--model", "local-completions", "--model_args", f"{arguments},num_concurrent=2,max_retries=1"]
+    command = [lm_eval, "--model", "local-completions", "--model_args", f"{arguments},num_concurrent=2,max_retries=1"]
     command += ["--tasks", "local_choice", "--include_path", str(tmp_path), "--batch_size", "4"]
     run([*command, "--output_path", str(out), "--log_samples"], tmp_path)
     (samples,) = out.rglob("samples_*.jsonl")
@@ -94,8 +93,8 @@ def test_lm_eval_gets_the_models_own_logprobs(url, tiny_llama, tmp_path):
             assert logprob == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.skipif(GUIDELLM is None, reason="guidellm is not on the PATH")
 def test_guidellm_loads_the_service_without_an_error(url, tiny_llama, tmp_path):
+    program("guidellm")  # the script finds it where this does
     script = ROOT / "benchmarks" / "guidellm.sh"
     environment = os.environ | {"URL": url, "PROCESSOR": str(tiny_llama), "OUT": str(tmp_path), "RATE": "1,3"}
     environment |= {"REQUESTS": "6", "PROMPT_TOKENS": "16", "REPLY_TOKENS": "12", "HF_HOME": str(tmp_path / "hf")}
