@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
+from medusa import Engine
 from tests.deployments.conftest import LiveServer, ScriptedEngine
 
 OPERATIONS = {
@@ -30,9 +31,12 @@ patiently = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def schema(tokenizer):
-    engine = AsyncEngine(ScriptedEngine(tokenizer))
+@pytest.fixture(scope="module", params=["scripted", "real"])
+def schema(request, tokenizer, tiny_llama, tiny_heads):
+    if request.param == "scripted":
+        engine = AsyncEngine(ScriptedEngine(tokenizer))
+    else:
+        engine = AsyncEngine(Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4))
     server = LiveServer(build_api(engine, tokenizer, "tiny", request_timeout_s=10))
     yield schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     engine.check_health()  # whatever came, it still takes requests
@@ -47,8 +51,17 @@ def test_every_operation_is_fuzzed(schema):
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize("path", sorted(path for method, path in OPERATIONS if method == "POST"))
-def test_no_request_ends_in_a_server_error(schema, path, mode):
-    (operation,) = [o for o in operations(schema) if o.path == path]
+def test_no_body_ends_in_a_server_error(schema, path, mode):
+    check(schema, "POST", path, mode)
+
+
+@pytest.mark.parametrize("path", sorted(path for method, path in OPERATIONS if method == "GET"))
+def test_no_question_ends_in_a_server_error(schema, path):
+    check(schema, "GET", path, schemathesis.GenerationMode.POSITIVE)  # in what they take nothing can be wrong
+
+
+def check(schema, method, path, mode):
+    (operation,) = [o for o in operations(schema) if (o.method.upper(), o.path) == (method, path)]
 
     @patiently
     @given(operation.as_strategy(generation_mode=mode))
