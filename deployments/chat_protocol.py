@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from deployments.fields import (
     MAX_LOGPROBS,
@@ -12,6 +12,7 @@ from deployments.fields import (
     NoList,
     Nothing,
     Off,
+    json_object,
     only,
     optional,
     refused,
@@ -24,8 +25,10 @@ MAX_TOOLS = 128
 
 
 class FunctionCall(Body):
+    """`arguments` come as the JSON that the model once wrote; templates take the object."""
+
     name: str
-    arguments: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(json_object, json_schema_input_type=str)]
 
 
 class ToolCall(Body):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
@@ -132,6 +132,19 @@ def template_kwargs(value: Any) -> Any:
         if not isinstance(argument, str | int | float | bool | None):
             raise refused(f"must be a single value, got {shorten(argument)}.", name)
     return value
+
+
+def json_object(value: Any) -> Any:
+    """The object in a string of JSON; clients send an empty string for a call without arguments."""
+    if not isinstance(value, str):
+        raise ValueError("must be a JSON object in a string")
+    try:
+        parsed = from_json(value, allow_inf_nan=False) if value.strip() else {}
+    except ValueError as error:
+        raise refused(f"must be a JSON object in a string, but is not JSON ({error}), got {shorten(value)}.") from error
+    if not isinstance(parsed, dict):
+        raise ValueError("must be a JSON object in a string")
+    return parsed
 
 
 def text(value: Any) -> Any:

@@ -22,6 +22,12 @@ def refusal(model, body):
     return explain(caught.value.errors()[0])
 
 
+def call_with(arguments):
+    """A history with a call of these arguments."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
 def chat_params(**fields):
     return ChatCompletionRequest.model_validate(HELLO | fields).sampling_params(default_max_tokens=99)
 
@@ -158,6 +164,13 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
     ]
 
 
+@pytest.mark.parametrize(("arguments", "parsed"), [('{"a": [1, "ä"]}', {"a": [1, "ä"]}), ("{}", {}), ("", {})])
+def test_templates_get_the_arguments_of_calls_as_objects(arguments, parsed):
+    request = ChatCompletionRequest.model_validate(call_with(arguments))
+    (call,) = request.messages[0].for_template()["tool_calls"]
+    assert call["function"]["arguments"] == parsed
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
@@ -210,6 +223,11 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
             "messages.0.tool_calls",
             "only an assistant's",
         ),
+        (call_with("[1]"), "messages.0.tool_calls.0.function.arguments", "must be a JSON object"),
+        (call_with("{"), "messages.0.tool_calls.0.function.arguments", "is not JSON (EOF"),
+        (call_with("[" * 100_000), "messages.0.tool_calls.0.function.arguments", "recursion limit"),
+        (call_with('{"a": "\\ud800"}'), "messages.0.tool_calls.0.function.arguments", "is not JSON"),
+        (call_with({"a": 1}), "messages.0.tool_calls.0.function.arguments", "must be a JSON object in a string"),
         ({"tools": [{"type": "function"}]}, "tools.0.function", "required but absent"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "pattern"),
         ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),

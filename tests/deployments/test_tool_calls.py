@@ -121,7 +121,21 @@ async def test_a_conversation_with_calls_and_answers_reaches_the_template(client
         {"role": "tool", "tool_call_id": "1", "content": "sunny"},
     ]
     prompt, _, _ = await prompt_of(client, scripted, HELLO | {"messages": messages})
-    assert "Rome" in prompt and "tool: sunny" in prompt
+    assert '"arguments": {"place": "Rome"}' in prompt and "tool: sunny" in prompt
+
+
+async def test_templates_walk_through_the_arguments_of_a_call(async_engine, make_tokenizer, scripted):
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for call in m.tool_calls or [] %}"
+        "{% for k, v in call.function.arguments | items %}{{ k }}={{ v }};{% endfor %}{% endfor %}{% endfor %}"
+    )
+    tokenizer = ChatTokenizer(make_tokenizer(chat_template=template))
+    call = {"type": "function", "function": {"name": "weather", "arguments": '{"place": "Rome", "days": 3}'}}
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    transport = httpx.ASGITransport(app=build_api(async_engine, tokenizer, "tiny"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        prompt, _, _ = await prompt_of(client, scripted, {"messages": messages, "max_tokens": 2})
+    assert prompt == "helloplace=Rome;days=3;"
 
 
 def test_the_openai_client_gets_the_call(api, serve_live):
