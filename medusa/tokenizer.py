@@ -126,9 +126,10 @@ class ChatTokenizer:
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **arguments: Any
     ) -> str:
         if not self.hf.chat_template:
+            name = Path(self.hf.name_or_path).name or "this model"  # answers carry this text: no path of the machine
             raise ChatTemplateError(
-                f"the tokenizer of {self.hf.name_or_path or 'this model'} has no chat template: put a "
-                "chat_template.jinja beside its tokenizer.json, or send a plain completion prompt"
+                f"the tokenizer of {name} has no chat template: put a chat_template.jinja beside its "
+                "tokenizer.json, or send a plain completion prompt"
             )
         try:
             text: str = self.hf.apply_chat_template(

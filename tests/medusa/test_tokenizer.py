@@ -206,6 +206,16 @@ def test_a_missing_chat_template_is_an_error_that_says_what_to_do(
         tokenizer.next_turn([1, 2], "Hi")
 
 
+def test_a_missing_chat_template_names_the_model_without_its_path(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], tmp_path: Path
+) -> None:
+    make_tokenizer(chat_template=None).save_pretrained(tmp_path / "some-model")
+    tokenizer = ChatTokenizer.from_pretrained(tmp_path / "some-model")
+    with pytest.raises(ChatTemplateError, match="the tokenizer of some-model has no chat template") as refused:
+        tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
+    assert str(tmp_path) not in str(refused.value)
+
+
 def test_a_template_that_refuses_the_messages_says_why(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
