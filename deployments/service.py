@@ -18,6 +18,7 @@ from deployments.admission import QueueFull
 from deployments.async_engine import AsyncEngine, EngineUnavailable
 from deployments.chat_protocol import ChatCompletionRequest
 from deployments.errors import ApiError
+from deployments.fields import shorten
 from deployments.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GenerationRequest
 from deployments.replies import ChatReply, Echoed, Head, TextReply
 from deployments.streams import HeadsVersion, Stream
@@ -71,6 +72,9 @@ class Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
+        for prompt in body.prompt:
+            if not isinstance(prompt, str):
+                self._check_ids("prompt", prompt)
         prompts = await self._tokenise(
             "prompt", lambda: [self.tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
         )
@@ -248,7 +252,7 @@ class Service:
     def _check_ids(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
         unknown = [token_id for token_id in token_ids if not 0 <= token_id < self.engine.vocab_size]
         if unknown:
-            message = f"{name}: token ids {unknown[:5]} are outside the vocabulary of {self.engine.vocab_size}."
+            message = f"{name}: token ids {shorten(unknown)} are outside the vocabulary of {self.engine.vocab_size}."
             raise ApiError(400, message, param=name)
 
     def _check_length(self, prompt_ids: Sequence[int], param: str) -> None:

@@ -65,6 +65,7 @@ async def test_the_tokenizer_is_described(client, tokenizer):
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/detokenize", {"tokens": [10**9]}, "tokens"),
+        ("/detokenize", {"tokens": [5, 10**30]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens.0"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
         ("/detokenize", {}, "tokens"),
