@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
+from jinja2.defaults import DEFAULT_NAMESPACE
 from pydantic import BeforeValidator
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
@@ -17,20 +18,13 @@ MAX_LOGPROBS = 20
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
 MAX_TOKENS = 2**31 - 1
-# The tokenizer's own arguments beside those of a template: a request must not choose code or shapes.
+# What rendering takes beside a template's own names: a request must not choose code or shapes, nor hide what every
+# template may call.
 TEMPLATE_RESERVED = frozenset(
-    {
-        "conversation",
-        "messages",
-        "tools",
-        "documents",
-        "chat_template",
-        "tokenize",
-        "return_tensors",
-        "padding",
-    }
+    {"self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"}
     | {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"}
-    | {"truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"}
+    | {"tokenize", "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"}
+    | {"raise_exception", "strftime_now", *DEFAULT_NAMESPACE}
 )
 
 

@@ -250,9 +250,10 @@ class Service:
         return [Echoed(text, ids) for text, ids in zip(texts, prompts, strict=True)]
 
     def _check_ids(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
-        unknown = [token_id for token_id in token_ids if not 0 <= token_id < self.engine.vocab_size]
+        size = self.engine.vocab_size
+        unknown = [token_id for token_id in token_ids if not 0 <= token_id < size]
         if unknown:
-            message = f"{name}: token ids {shorten(unknown)} are outside the vocabulary of {self.engine.vocab_size}."
+            message = f"{name}: token ids {shorten(unknown[:20])} are outside the vocabulary of {size}."
             raise ApiError(400, message, param=name)
 
     def _check_length(self, prompt_ids: Sequence[int], param: str) -> None:

@@ -138,7 +138,7 @@ class ChatTokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **arguments,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ArithmeticError) as error:  # the last two by a value it cannot use
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
         return text
 

@@ -397,6 +397,23 @@ async def test_a_template_that_refuses(async_engine, make_tokenizer):
         assert error["param"] == "messages"
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    ("value", "words"), [("x", "can only concatenate"), (0, "division by zero"), (10**9, "Range too big")]
+)
+async def test_values_that_a_template_cannot_use(async_engine, make_tokenizer, path, value, words):
+    from medusa.tokenizer import ChatTokenizer
+
+    template = "{{ 1 / (depth + 0) }}{% for _ in range(depth) %}x{% endfor %}"
+    tokenizer = ChatTokenizer(make_tokenizer(chat_template=template))
+    transport = httpx.ASGITransport(app=build_api(async_engine, tokenizer, "tiny"), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post(path, json=HELLO | {"chat_template_kwargs": {"depth": value}})
+        assert words in error_of(response, 400)["message"]
+        response = await client.post(path, json=HELLO | {"chat_template_kwargs": {"self": 1}})
+        assert error_of(response, 400)["param"] == "chat_template_kwargs.self"
+
+
 async def test_unexpected_exceptions_keep_their_text_to_themselves(client, scripted, monkeypatch, caplog):
     def broken(*_, **__):
         raise KeyError("/secret/path")

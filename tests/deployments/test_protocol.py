@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
 from pydantic import ValidationError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from deployments.chat_protocol import ChatCompletionRequest
-from deployments.fields import explain
+from deployments.fields import TEMPLATE_RESERVED, explain
 from deployments.protocol import CompletionRequest
 from medusa import Grammar, SamplingParams
+from medusa.tokenizer import ChatTokenizer
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -260,6 +264,8 @@ def test_templates_get_the_arguments_of_calls_as_objects(arguments, parsed):
             "begun or continued",
         ),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs.chat_template", "service"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs.self", "set by the service"),
+        ({"chat_template_kwargs": {"namespace": 1}}, "chat_template_kwargs.namespace", "set by the service"),
     ],
 )
 def test_bad_values_are_named(fields, param, words):
@@ -289,6 +295,16 @@ def test_what_would_change_the_meaning_is_refused_by_name(fields):
     message, param = refusal(ChatCompletionRequest, HELLO | fields)
     assert param == next(iter(fields))
     assert "is not supported here; leave the field out" in message
+
+
+def test_no_name_that_rendering_takes_itself_is_left_to_requests():
+    taken = {
+        name
+        for call in (ChatTokenizer.encode_chat, PreTrainedTokenizerBase.apply_chat_template, render_jinja_template)
+        for name, parameter in inspect.signature(call).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    assert taken <= TEMPLATE_RESERVED
 
 
 @pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 1, "n": 2}])
