@@ -47,6 +47,10 @@ class Message(Body):
     tool_call_id: str | None = None
     function_call: Nothing = None
     audio: Nothing = None
+    refusal: Nothing = None
+    # What an assistant thought before its message, by the two names that clients and templates have for it
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     @model_validator(mode="after")
     def _check_content(self) -> Message:
@@ -65,6 +69,9 @@ class Message(Body):
         for name in ("name", "tool_call_id"):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
+        thoughts = self.reasoning if self.reasoning is not None else self.reasoning_content
+        if thoughts is not None:
+            message |= {"reasoning": thoughts, "reasoning_content": thoughts}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
         return message
@@ -102,6 +109,11 @@ class ChatCompletionRequest(GenerationRequest):
     function_call: Annotated[Any, only(None, "none")] = None
     modalities: Annotated[Any, only(None, ["text"])] = None
     audio: Nothing = None
+    verbosity: Annotated[Any, only(None, "medium")] = None
+    moderation: Nothing = None
+    include_reasoning: Annotated[Any, only(None, True)] = None
+    return_prompt_text: Off = None
+    best_of: Annotated[Any, only(None, 1)] = None
     web_search_options: Nothing = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -144,7 +156,10 @@ class ChatCompletionRequest(GenerationRequest):
     def template_arguments(self) -> dict[str, Any]:
         continued = bool(self.continue_final_message)
         begun = self.add_generation_prompt if self.add_generation_prompt is not None else not continued
-        arguments: dict[str, Any] = {"add_generation_prompt": begun}
+        arguments: dict[str, Any] = {
+            "add_generation_prompt": begun,
+            "add_special_tokens": self.add_special_tokens is True,
+        }
         if continued:
             arguments["continue_final_message"] = True
         return arguments | (self.chat_template_kwargs or {})

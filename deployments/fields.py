@@ -23,6 +23,7 @@ MAX_TOKENS = 2**31 - 1
 TEMPLATE_RESERVED = frozenset(
     {"self", "conversation", "conversations", "messages", "tools", "documents", "chat_template"}
     | {"add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask", "return_dict"}
+    | {"add_special_tokens"}
     | {"tokenize", "return_tensors", "padding", "truncation", "max_length", "tokenizer_kwargs", "processor_kwargs"}
     | {"raise_exception", "strftime_now", *DEFAULT_NAMESPACE}
 )

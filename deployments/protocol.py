@@ -80,6 +80,7 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     structured_outputs: StructuredOutputs | None = None
+    add_special_tokens: bool | None = None  # to a plain prompt unless false, to a rendered chat only when true
     # This service's own: exact acceptance from an engine whose rule is another
     acceptance: Literal["exact"] | None = None
     response_format: ResponseFormat | None = None
@@ -96,6 +97,19 @@ class GenerationRequest(Body):
     logits_processors: NoList = None
     skip_special_tokens: Annotated[Any, only(None, True)] = None
     return_token_ids: Off = None
+    return_tokens_as_token_ids: Off = None
+    spaces_between_special_tokens: Annotated[Any, only(None, True)] = None
+    prompt_embeds: Nothing = None
+    reasoning_effort: Nothing = None
+    thinking_token_budget: Annotated[Any, only(None, -1)] = None
+    logprob_token_ids: Nothing = None
+    repetition_detection: Nothing = None
+    watermarking: Off = None
+    length_penalty: Annotated[Any, only(None, 1.0, 1)] = None
+    guided_whitespace_pattern: Nothing = None
+    kv_transfer_params: Nothing = None
+    ec_transfer_params: Nothing = None
+    vllm_xargs: Nothing = None
 
     @model_validator(mode="after")
     def _check_form(self) -> GenerationRequest:

@@ -75,9 +75,7 @@ class Service:
         for prompt in body.prompt:
             if not isinstance(prompt, str):
                 self._check_ids("prompt", prompt)
-        prompts = await self._tokenise(
-            "prompt", lambda: [self.tokenizer.encode(p) if isinstance(p, str) else p for p in body.prompt]
-        )
+        prompts = await self._tokenise("prompt", lambda: [self._encode(body, prompt) for prompt in body.prompt])
         for prompt_ids in prompts:
             self._check_length(prompt_ids, "prompt")
         params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
@@ -131,6 +129,11 @@ class Service:
             "owned_by": "medusa",
             "max_model_len": self.engine.max_model_len,
         }
+
+    def _encode(self, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return prompt
+        return self.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
 
     def _render(self, body: ChatCompletionRequest) -> list[int]:
         messages = [message.for_template() for message in body.messages]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from deployments.chat_protocol import MAX_TOOLS, Message, Tool
-from deployments.fields import optional, refused, template_kwargs
+from deployments.fields import Nothing, Off, optional, refused, template_kwargs
 from deployments.protocol import Body
 from medusa.tokenizer import ChatTokenizer
 
@@ -25,6 +25,8 @@ class TokenizeRequest(Body):
     messages: list[Message] | None = Field(None, min_length=1)
     tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
     add_generation_prompt: bool | None = None
+    continue_final_message: Off = None
+    chat_template: Nothing = None
     chat_template_kwargs: Annotated[dict[str, Any] | None, optional(template_kwargs, dict[str, Any])] = None
 
     @model_validator(mode="after")
@@ -53,11 +55,11 @@ class DetokenizeResponse(BaseModel):
 def tokenize(tokenizer: ChatTokenizer, body: TokenizeRequest) -> list[int]:
     """Raises ValueError where a template refuses the messages."""
     if body.prompt is not None:
-        special = True if body.add_special_tokens is None else body.add_special_tokens
-        return list(tokenizer.hf.encode(body.prompt, add_special_tokens=special, verbose=False))
+        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
     assert body.messages is not None
     return tokenizer.encode_chat(
         [message.for_template() for message in body.messages],
+        add_special_tokens=body.add_special_tokens is True,
         add_generation_prompt=body.add_generation_prompt is not False,
         tools=[tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None,
         **(body.chat_template_kwargs or {}),

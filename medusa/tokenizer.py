@@ -46,21 +46,22 @@ class ChatTokenizer:
         definition = Path(file).read_text(encoding="utf-8") if file else None
         return cls(hf, eos_token_ids=_generation_eos(path), definition=definition)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """A plain completion prompt, with the special tokens that the tokenizer puts around a text."""
-        return list(self.hf.encode(text, verbose=False))
+        return list(self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False))
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        add_special_tokens: bool = False,
         tools: Sequence[Any] | None = None,
         **template_arguments: Any,
     ) -> list[int]:
-        """The conversation as its template renders it; the template writes its own BOS, none is added."""
+        """The conversation as its template renders it; most templates write their own BOS, so none is added."""
         text = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **template_arguments)
-        return self._encode_rendered(text)
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def next_turn(self, conversation_ids: Sequence[int], user_message: str) -> list[int]:
         """The prompt of the next turn: the conversation's own ids, untouched, and what follows a reply.
@@ -82,12 +83,12 @@ class ChatTokenizer:
             )
         last = conversation_ids[-1] if conversation_ids else None
         if last not in self.eos_token_ids:
-            return [*conversation_ids, *self._encode_rendered(after)]
+            return [*conversation_ids, *self.encode(after, add_special_tokens=False)]
         end = self.hf.convert_ids_to_tokens(last)
         if after.lstrip(" ").startswith(end):
             after = after.lstrip(" ").removeprefix(end)
         # Tokenised behind the token it follows: some tokenizers put a space before the start of a text.
-        return [*conversation_ids, *self._encode_rendered(end + after)[1:]]
+        return [*conversation_ids, *self.encode(end + after, add_special_tokens=False)[1:]]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if self._backend is not None:
@@ -141,9 +142,6 @@ class ChatTokenizer:
         except (jinja2.TemplateError, TypeError, ArithmeticError) as error:  # the last two by a value it cannot use
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
         return text
-
-    def _encode_rendered(self, text: str) -> list[int]:
-        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
 
 
 class Detokenizer:

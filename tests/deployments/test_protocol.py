@@ -168,6 +168,15 @@ def test_text_parts_are_joined_and_developers_speak_as_the_system():
     ]
 
 
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_templates_get_the_thoughts_of_earlier_replies_by_both_names(field):
+    message = {"role": "assistant", "content": "yes", field: "let me see"}
+    request = ChatCompletionRequest.model_validate({"messages": [message, {"role": "user", "content": "why"}]})
+    thought, user = [message.for_template() for message in request.messages]
+    assert thought["reasoning"] == thought["reasoning_content"] == "let me see"
+    assert set(user) == {"role", "content"}
+
+
 @pytest.mark.parametrize(("arguments", "parsed"), [('{"a": [1, "ä"]}', {"a": [1, "ä"]}), ("{}", {}), ("", {})])
 def test_templates_get_the_arguments_of_calls_as_objects(arguments, parsed):
     request = ChatCompletionRequest.model_validate(call_with(arguments))
@@ -288,6 +297,24 @@ def test_bad_values_are_named(fields, param, words):
         {"truncate_prompt_tokens": 5},
         {"skip_special_tokens": False},
         {"prompt_logprobs": 1},
+        {"reasoning_effort": "low"},
+        {"thinking_token_budget": 100},
+        {"return_tokens_as_token_ids": True},
+        {"spaces_between_special_tokens": False},
+        {"prompt_embeds": "AAAA"},
+        {"logprob_token_ids": [5]},
+        {"repetition_detection": {"max_pattern_size": 5}},
+        {"watermarking": True},
+        {"length_penalty": 0.5},
+        {"guided_whitespace_pattern": " "},
+        {"kv_transfer_params": {"do_remote_decode": True}},
+        {"ec_transfer_params": {}},
+        {"vllm_xargs": {"a": 1}},
+        {"verbosity": "low"},
+        {"moderation": {"model": "omni-moderation-latest"}},
+        {"include_reasoning": False},
+        {"return_prompt_text": True},
+        {"best_of": 2},
     ],
     ids=lambda fields: next(iter(fields)),
 )
@@ -307,7 +334,17 @@ def test_no_name_that_rendering_takes_itself_is_left_to_requests():
     assert taken <= TEMPLATE_RESERVED
 
 
-@pytest.mark.parametrize("fields", [{"suffix": "x"}, {"best_of": 2}, {"best_of": 1, "n": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"suffix": "x"},
+        {"best_of": 2},
+        {"best_of": 1, "n": 2},
+        {"prompt_embeds": "AAAA"},
+        {"reasoning_effort": "low"},
+        {"return_tokens_as_token_ids": True},
+    ],
+)
 def test_plain_completions_refuse_their_own(fields):
     assert refusal(CompletionRequest, {"prompt": "x"} | fields)[1] == next(iter(fields))
 
@@ -318,6 +355,9 @@ def test_plain_completions_refuse_their_own(fields):
         {"tools": [], "tool_choice": "none", "functions": None},
         {"response_format": {"type": "text"}, "modalities": ["text"]},
         {"echo": False, "skip_special_tokens": True, "use_beam_search": False},
+        {"reasoning_effort": None, "thinking_token_budget": -1, "return_tokens_as_token_ids": False},
+        {"spaces_between_special_tokens": True, "include_reasoning": True, "best_of": 1},
+        {"verbosity": "medium", "length_penalty": 1.0},
     ],
 )
 def test_forms_that_ask_for_nothing_pass(fields):
