@@ -156,10 +156,7 @@ class ChatCompletionRequest(GenerationRequest):
     def template_arguments(self) -> dict[str, Any]:
         continued = bool(self.continue_final_message)
         begun = self.add_generation_prompt if self.add_generation_prompt is not None else not continued
-        arguments: dict[str, Any] = {
-            "add_generation_prompt": begun,
-            "add_special_tokens": self.add_special_tokens is True,
-        }
+        arguments: dict[str, Any] = {"add_generation_prompt": begun}
         if continued:
             arguments["continue_final_message"] = True
         return arguments | (self.chat_template_kwargs or {})

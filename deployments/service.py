@@ -59,7 +59,8 @@ class Service:
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        prompt_ids = await self._tokenise("messages", lambda: self._render(body))
+        special = body.add_special_tokens is True
+        prompt_ids = await self._tokenise("messages", lambda: self._encode(self._render(body), "messages", special))
         self._check_length(prompt_ids, "messages")
         params = await self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
         must_call = await self._tokenise("tools", lambda: call_grammar(body))
@@ -75,7 +76,10 @@ class Service:
         for prompt in body.prompt:
             if not isinstance(prompt, str):
                 self._check_ids("prompt", prompt)
-        prompts = await self._tokenise("prompt", lambda: [self._encode(body, prompt) for prompt in body.prompt])
+        special = body.add_special_tokens is not False
+        prompts = await self._tokenise(
+            "prompt", lambda: [self._encode(p, "prompt", special) if isinstance(p, str) else p for p in body.prompt]
+        )
         for prompt_ids in prompts:
             self._check_length(prompt_ids, "prompt")
         params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
@@ -130,23 +134,25 @@ class Service:
             "max_model_len": self.engine.max_model_len,
         }
 
-    def _encode(self, body: CompletionRequest, prompt: str | list[int]) -> list[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        return self.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens is not False)
-
-    def _render(self, body: ChatCompletionRequest) -> list[int]:
+    def _render(self, body: ChatCompletionRequest) -> str:
         messages = [message.for_template() for message in body.messages]
         arguments = body.template_arguments()
-        plain = self.tokenizer.encode_chat(messages, **arguments)
+        plain = self.tokenizer.render_chat(messages, **arguments)
         if body.shown_tools is None:
             return plain
-        with_tools = self.tokenizer.encode_chat(messages, tools=body.shown_tools, **arguments)
+        with_tools = self.tokenizer.render_chat(messages, tools=body.shown_tools, **arguments)
         if with_tools == plain:
             raise ApiError(
                 400, "tools: this model's chat template has no place for tools; leave them out.", param="tools"
             )
         return with_tools
+
+    def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+        """Texts that cannot fit are refused unread: a long one takes seconds to tokenise, and others wait for it."""
+        limit = self.engine.max_model_len
+        if not self.tokenizer.can_fit(text, limit - 1):
+            raise self._too_long(f"{len(text)} characters, which {limit - 1} tokens cannot hold", param)
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     async def _answer(
         self,
@@ -260,14 +266,16 @@ class Service:
             raise ApiError(400, message, param=name)
 
     def _check_length(self, prompt_ids: Sequence[int], param: str) -> None:
+        if len(prompt_ids) >= self.engine.max_model_len:
+            raise self._too_long(f"{len(prompt_ids)} tokens", param)
+
+    def _too_long(self, length: str, param: str) -> ApiError:
         limit = self.engine.max_model_len
-        if len(prompt_ids) >= limit:
-            raise ApiError(
-                400,
-                f"The prompt has {len(prompt_ids)} tokens, but this model's context holds {limit} "
-                f"with the reply; send at most {limit - 1}.",
-                param=param,
-            )
+        message = (
+            f"The prompt has {length}, but this model's context holds {limit} with the reply; "
+            f"send at most {limit - 1} tokens."
+        )
+        return ApiError(400, message, param=param)
 
     def _head(self, prefix: str, request: Request, heads: HeadsVersion) -> Head:
         digest = heads.digest or self.settings.served.get("backbone_digest")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
@@ -60,8 +62,38 @@ class ChatTokenizer:
         **template_arguments: Any,
     ) -> list[int]:
         """The conversation as its template renders it; most templates write their own BOS, so none is added."""
-        text = self._render(messages, add_generation_prompt=add_generation_prompt, tools=tools, **template_arguments)
+        text = self.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **template_arguments
+        )
         return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **arguments: Any
+    ) -> str:
+        """The text that the chat template makes of the conversation."""
+        if not self.hf.chat_template:
+            name = Path(self.hf.name_or_path).name or "this model"  # answers carry this text: no path of the machine
+            raise ChatTemplateError(
+                f"the tokenizer of {name} has no chat template: put a chat_template.jinja beside its "
+                "tokenizer.json, or send a plain completion prompt"
+            )
+        try:
+            text: str = self.hf.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **arguments,
+            )
+        except (jinja2.TemplateError, TypeError, ArithmeticError) as error:  # the last two by a value it cannot use
+            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+        return text
+
+    def can_fit(self, text: str, num_tokens: int) -> bool:
+        """False where `text` has more characters than so many tokens can stand for, which its length alone tells."""
+        if len(text) <= num_tokens or self._longest_token is None:
+            return True
+        most = num_tokens * self._longest_token
+        return len(text) <= most or len(unicodedata.normalize("NFC", text)) <= most
 
     def next_turn(self, conversation_ids: Sequence[int], user_message: str) -> list[int]:
         """The prompt of the next turn: the conversation's own ids, untouched, and what follows a reply.
@@ -75,7 +107,7 @@ class ChatTokenizer:
             {"role": "assistant", "content": _REPLY_MARK},
             {"role": "user", "content": user_message},
         ]
-        _, mark, after = self._render(exchange).partition(_REPLY_MARK)
+        _, mark, after = self.render_chat(exchange).partition(_REPLY_MARK)
         if not mark:
             raise ChatTemplateError(
                 "the chat template does not write a reply as it is, so a conversation cannot be continued by "
@@ -109,6 +141,21 @@ class ChatTokenizer:
         return frozenset(index for index, token in added.items() if token.special)
 
     @cached_property
+    def _longest_token(self) -> int | None:
+        """In characters; None where one token may stand for any number of them: unknown words, characters that are
+        dropped, spaces beside a special token."""
+        definition = json.loads(self._definition or self.hf.backend_tokenizer.to_str())
+        vocab = self.hf.get_vocab()
+        parts = (definition["normalizer"], definition["pre_tokenizer"])
+        is_byte_level = '"ByteLevel"' in json.dumps(definition["pre_tokenizer"])
+        each_byte = ByteLevel.alphabet() if is_byte_level else [f"<0x{byte:02X}>" for byte in range(256)]
+        knows_all = definition["model"]["type"] in ("BPE", "Unigram") and all(token in vocab for token in each_byte)
+        strips = any(token["lstrip"] or token["rstrip"] for token in definition["added_tokens"])
+        if not knows_all or strips or not all(_keeps_characters(part) for part in parts):
+            return None
+        return max(map(len, vocab))
+
+    @cached_property
     def digest(self) -> str:
         """sha256 of what gives ids their meaning: vocabulary, merges, splitting rules and chat template.
 
@@ -122,26 +169,6 @@ class ChatTokenizer:
             model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
         text = json.dumps([meaning, model, self.hf.chat_template], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-    def _render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **arguments: Any
-    ) -> str:
-        if not self.hf.chat_template:
-            name = Path(self.hf.name_or_path).name or "this model"  # answers carry this text: no path of the machine
-            raise ChatTemplateError(
-                f"the tokenizer of {name} has no chat template: put a chat_template.jinja beside its "
-                "tokenizer.json, or send a plain completion prompt"
-            )
-        try:
-            text: str = self.hf.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **arguments,
-            )
-        except (jinja2.TemplateError, TypeError, ArithmeticError) as error:  # the last two by a value it cannot use
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
-        return text
 
 
 class Detokenizer:
@@ -206,6 +233,22 @@ class Detokenizer:
             pending = len(self._decode(self._window)) - self._given
             self._window = self._window[-self._KEEP :]
             self._given = max(len(self._decode(self._window)) - pending, 0)
+
+
+def _keeps_characters(part: Mapping[str, Any] | None) -> bool:
+    """Whether a normaliser or pre-tokeniser of a tokenizer.json gives back no fewer characters, but for NFC's."""
+    if part is None:
+        return True
+    match part["type"]:
+        case "Sequence":
+            return all(_keeps_characters(each) for each in part.get("normalizers") or part.get("pretokenizers") or ())
+        case "Replace":
+            pattern = part["pattern"].get("String")
+            return pattern is not None and len(part["content"]) >= len(pattern)
+        case "Split":
+            return part["behavior"] != "Removed"
+        case kind:
+            return kind in ("NFC", "Prepend", "ByteLevel", "Metaspace", "Digits")
 
 
 def _generation_eos(path: str | Path) -> list[int]:

@@ -379,6 +379,22 @@ async def test_bad_requests_name_the_field(client, path, body, param, words):
         assert words in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("completions", {"prompt": ["x", "x" * 10_000]}, "prompt"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 10_000}]}, "messages"),
+    ],
+)
+async def test_texts_that_cannot_fit_are_not_tokenised(client, tokenizer, monkeypatch, path, body, param):
+    read, encode = [], tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **rest: read.append(text) or encode(text, **rest))
+    error = error_of(await client.post(f"/v1/{path}", json=body), 400)
+    assert error["param"] == param
+    assert "characters, which 255 tokens cannot hold, but this model's context holds 256" in error["message"]
+    assert max(map(len, read), default=0) < 10_000
+
+
 async def test_the_longest_prompt_that_fits(client):
     body = (await client.post("/v1/completions", json={"prompt": [5] * 255})).json()
     assert body["usage"]["completion_tokens"] == 1
@@ -418,7 +434,7 @@ async def test_unexpected_exceptions_keep_their_text_to_themselves(client, scrip
     def broken(*_, **__):
         raise KeyError("/secret/path")
 
-    monkeypatch.setattr(scripted.tokenizer, "encode_chat", broken)
+    monkeypatch.setattr(scripted.tokenizer, "render_chat", broken)
     response = await client.post("/v1/chat/completions", json=HELLO, headers={"X-Request-ID": "me"})
     error = error_of(response, 500)
     assert error["type"] == "InternalServerError"

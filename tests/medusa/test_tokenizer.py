@@ -195,6 +195,50 @@ def test_tools_and_other_arguments_reach_the_template(small: ChatTokenizer) -> N
     assert tokenizer.decode(ids) == "1 calm Hi"
 
 
+def llama_like() -> PreTrainedTokenizerFast:
+    """SentencePiece's kind: spaces replaced, bytes for what it does not know."""
+    vocab = {token: i for i, token in enumerate(["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", "b", "▁▁"])}
+    backend = Tokenizer(models.BPE(vocab, [("▁", "▁")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte level", "nfc", "llama"])
+def test_no_text_is_said_not_to_fit_into_its_own_tokens(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], kind: str
+) -> None:
+    hf = llama_like() if kind == "llama" else make_tokenizer()
+    if kind == "nfc":
+        hf.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer = ChatTokenizer(hf)
+    longest = max(hf.get_vocab(), key=len)
+    for text in [*TEXTS, longest * 50, " " * 500, "e\u0302\u0301" * 300, "\u1112\u1161\u11ab" * 300, "\u0958" * 300]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.can_fit(text, len(ids))
+    assert not tokenizer.can_fit("x" * (10 * len(longest) + 1), 10)
+    assert tokenizer.can_fit("x" * (10 * len(longest)), 10)
+
+
+@pytest.mark.parametrize("change", ["stripping normaliser", "removing splitter", "stripping token", "unknown words"])
+def test_where_a_token_may_stand_for_any_length_every_text_may_fit(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast], change: str
+) -> None:
+    hf = make_tokenizer()
+    backend = hf.backend_tokenizer
+    if change == "stripping normaliser":
+        backend.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Strip()])
+    elif change == "removing splitter":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    elif change == "stripping token":
+        hf.add_tokens([AddedToken("<mask>", lstrip=True)])
+    else:
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+        hf = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert ChatTokenizer(hf).can_fit(" " * 100_000, 1)
+
+
 def test_a_missing_chat_template_is_an_error_that_says_what_to_do(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
