@@ -1,7 +1,8 @@
 """OpenAI's REST API over an AsyncEngine, as a plain FastAPI app: for Ray Serve, uvicorn, or a test.
 
-A request's way: body checked (protocol.py, chat_protocol.py), chat template rendered and tokenised off the event loop
-(service.py), given to the engine (async_engine.py), its outputs shaped (replies.py) and sent whole or as events.
+A request's way: body checked (protocol.py, chat_protocol.py), chat template rendered and tokenised (prompts.py) off the
+event loop (tokenising.py), given to the engine (async_engine.py), its outputs shaped (replies.py) and sent whole or as
+events.
 """
 
 from __future__ import annotations
@@ -116,15 +117,15 @@ def _add_models(api: FastAPI, service: Service) -> None:
 
 
 def _add_tokenization(api: FastAPI, service: Service) -> None:
-    bad: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 413)}
+    bad: dict[int | str, dict[str, Any]] = {status: _ERROR for status in (400, 401, 404, 408, 413, 429)}
 
     @api.post("/tokenize", responses=bad, response_model_exclude_none=True)
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
-        return await service.tokenize(body)
+    async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
+        return await service.tokenize(body, request)
 
     @api.post("/detokenize", responses=bad)
-    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
-        return DetokenizeResponse(prompt=await service.detokenize(body))
+    async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+        return DetokenizeResponse(prompt=await service.detokenize(body, request))
 
     @api.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -6,9 +6,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -18,12 +18,13 @@ from deployments.admission import QueueFull
 from deployments.async_engine import AsyncEngine, EngineUnavailable
 from deployments.chat_protocol import ChatCompletionRequest
 from deployments.errors import ApiError
-from deployments.fields import shorten
+from deployments.prompts import Prompts
 from deployments.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GenerationRequest
-from deployments.replies import ChatReply, Echoed, Head, TextReply
+from deployments.replies import ChatReply, Head, TextReply
 from deployments.streams import HeadsVersion, Stream
 from deployments.tally import Tally
 from deployments.token_texts import TokenTexts
+from deployments.tokenising import Tokenising
 from deployments.tokenization import DetokenizeRequest, TokenizeRequest, TokenizeResponse, tokenize
 from deployments.tool_calls import ToolNotation, call_grammar, reader_for
 from deployments.tracing import Answered
@@ -31,7 +32,6 @@ from deployments.transport import CLIENT_GONE, JSON_HEADERS, EventStream, event,
 from medusa import Completion, Grammar, Output, SamplingParams
 from medusa.tokenizer import ChatTokenizer
 
-T = TypeVar("T")
 Reply = ChatReply | TextReply
 SLOW_READER_S = 10.0  # beyond a request's own limit, so that its last event can still be read
 
@@ -54,18 +54,17 @@ class Service:
         self.settings = settings
         self._created = int(time.time())
         self._texts = TokenTexts(tokenizer.hf)
-        # One thread: long prompts do not hold up the event loop, and a fast tokenizer's encode is not shared.
-        self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="medusa-tokenise")
+        self._prompts = Prompts(tokenizer, engine)
+        self._tokenising = Tokenising(max_requests=engine.bounds.replies)  # no more could be admitted behind it
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        special = body.add_special_tokens is True
-        prompt_ids = await self._tokenise("messages", lambda: self._encode(self._render(body), "messages", special))
-        self._check_length(prompt_ids, "messages")
-        params = await self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
-        must_call = await self._tokenise("tools", lambda: call_grammar(body))
-        if must_call is not None:
-            params = replace(params, grammar=await self._prepared("tools", must_call))
+        async with self._in_time(request):
+            prompt_ids = await self._tokenising.run("messages", lambda: self._prompts.of_chat(body))
+            params = await self._sampling_params(body, default_max_tokens=self.engine.max_model_len - len(prompt_ids))
+            must_call = await self._tokenising.run("tools", lambda: call_grammar(body))
+            if must_call is not None:
+                params = replace(params, grammar=await self._prepared("tools", must_call))
         readers = [reader_for(body, self.settings.tool_notation) for _ in range(params.n)]
         return await self._answer(
             request, body, lambda head: ChatReply(head, readers), [prompt_ids], params, "messages"
@@ -73,32 +72,29 @@ class Service:
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         self.check_model(body.model)
-        for prompt in body.prompt:
-            if not isinstance(prompt, str):
-                self._check_ids("prompt", prompt)
-        special = body.add_special_tokens is not False
-        prompts = await self._tokenise(
-            "prompt", lambda: [self._encode(p, "prompt", special) if isinstance(p, str) else p for p in body.prompt]
-        )
-        for prompt_ids in prompts:
-            self._check_length(prompt_ids, "prompt")
-        params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
-        echoed = await self._tokenise("prompt", lambda: self._echoed(body, prompts))
+        async with self._in_time(request):
+            prompts = await self._tokenising.run("prompt", lambda: self._prompts.of_completion(body))
+            params = await self._sampling_params(body, default_max_tokens=DEFAULT_COMPLETION_TOKENS)
+            echoed = await self._tokenising.run("prompt", lambda: self._prompts.echoed(body, prompts))
         return await self._answer(
             request, body, lambda head: TextReply(head, echoed, params.n), prompts, params, "prompt"
         )
 
-    async def tokenize(self, body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(self, body: TokenizeRequest, request: Request) -> TokenizeResponse:
         self.check_model(body.model)
         param = "prompt" if body.prompt is not None else "messages"
-        ids = await self._tokenise(param, lambda: tokenize(self.tokenizer, body))
+        async with self._in_time(request):
+            ids = await self._tokenising.run(param, lambda: tokenize(self.tokenizer, body))
         texts = [self._texts.to_text(token_id) for token_id in ids] if body.return_token_strs else None
         return TokenizeResponse(count=len(ids), max_model_len=self.engine.max_model_len, tokens=ids, token_strs=texts)
 
-    async def detokenize(self, body: DetokenizeRequest) -> str:
+    async def detokenize(self, body: DetokenizeRequest, request: Request) -> str:
         self.check_model(body.model)
-        self._check_ids("tokens", body.tokens)
-        return await self._tokenise("tokens", lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False))
+        self._prompts.check_ids("tokens", body.tokens)
+        async with self._in_time(request):
+            return await self._tokenising.run(
+                "tokens", lambda: self.tokenizer.decode(body.tokens, skip_special_tokens=False)
+            )
 
     def check_model(self, name: str | None) -> None:
         """A request may leave the model out: there is one."""
@@ -134,26 +130,6 @@ class Service:
             "max_model_len": self.engine.max_model_len,
         }
 
-    def _render(self, body: ChatCompletionRequest) -> str:
-        messages = [message.for_template() for message in body.messages]
-        arguments = body.template_arguments()
-        plain = self.tokenizer.render_chat(messages, **arguments)
-        if body.shown_tools is None:
-            return plain
-        with_tools = self.tokenizer.render_chat(messages, tools=body.shown_tools, **arguments)
-        if with_tools == plain:
-            raise ApiError(
-                400, "tools: this model's chat template has no place for tools; leave them out.", param="tools"
-            )
-        return with_tools
-
-    def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
-        """Texts that cannot fit are refused unread: a long one takes seconds to tokenise, and others wait for it."""
-        limit = self.engine.max_model_len
-        if not self.tokenizer.can_fit(text, limit - 1):
-            raise self._too_long(f"{len(text)} characters, which {limit - 1} tokens cannot hold", param)
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
     async def _answer(
         self,
         request: Request,
@@ -163,12 +139,9 @@ class Service:
         params: SamplingParams,
         param: str,
     ) -> Response:
-        deadline = asyncio.get_running_loop().time() + self.settings.request_timeout_s
         try:
-            async with asyncio.timeout_at(deadline):
+            async with self._in_time(request):
                 stream = await self.engine.submit([(prompt_ids, params) for prompt_ids in prompts])
-        except TimeoutError:
-            raise self._too_late() from None
         except (ValueError, QueueFull, EngineUnavailable) as error:
             raise errors.from_engine(error, param=param) from error
         log = request.scope["state"].setdefault("log", {})
@@ -176,14 +149,12 @@ class Service:
         request.scope["state"]["answered"] = Answered(params, stream, tally)
         reply = make_reply(self._head("chatcmpl" if param == "messages" else "cmpl", request, stream.heads))
         if body.stream:
-            events = self._events(body, reply, stream, tally, params.n, deadline)
+            events = self._events(body, reply, stream, tally, params.n, self._deadline(request))
             limit_s = self.settings.request_timeout_s + SLOW_READER_S
             return EventStream(events, on_end=stream.close, limit_s=limit_s)
         try:
-            async with asyncio.timeout_at(deadline):
+            async with self._in_time(request):
                 completions = await unless_disconnected(request, _collect(stream, tally, params.n))
-        except TimeoutError:
-            raise self._too_late() from None
         except EngineUnavailable as error:
             raise errors.from_engine(error) from error
         finally:
@@ -226,21 +197,30 @@ class Service:
             events += event(reply.usage_chunk(usage).to_json())
         yield events + event("[DONE]")
 
+    def _deadline(self, request: Request) -> float:
+        """When the time of a request is over, from the first call on."""
+        now = asyncio.get_running_loop().time()
+        deadline: float = request.scope["state"].setdefault("deadline", now + self.settings.request_timeout_s)
+        return deadline
+
+    @asynccontextmanager
+    async def _in_time(self, request: Request) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout_at(self._deadline(request)):
+                yield
+        except TimeoutError:
+            raise self._too_late() from None
+
     def _too_late(self) -> ApiError:
-        message = f"The reply was not whole after {self.settings.request_timeout_s:g} s; ask for fewer tokens."
+        seconds = self.settings.request_timeout_s
+        message = f"The answer was not whole after {seconds:g} s; ask for fewer tokens or send a shorter prompt."
         return ApiError(408, message, headers={"x-should-retry": "false"})  # OpenAI's client would send it again
 
-    async def _tokenise(self, param: str, encode: Callable[[], T]) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._tokenising, encode)
-        except ValueError as error:  # a template that refuses these messages, among others
-            raise ApiError(400, str(error), param=param) from error
-
     async def _sampling_params(self, body: GenerationRequest, *, default_max_tokens: int) -> SamplingParams:
-        self._check_ids("logit_bias", body.logit_bias or ())
-        self._check_ids("stop_token_ids", body.stop_token_ids or ())
+        self._prompts.check_ids("logit_bias", body.logit_bias or ())
+        self._prompts.check_ids("stop_token_ids", body.stop_token_ids or ())
         form = "response_format" if body.response_format else "structured_outputs"
-        if (grammar := await self._tokenise(form, body.grammar)) is not None:
+        if (grammar := await self._tokenising.run(form, body.grammar)) is not None:
             await self._prepared(form, grammar)
         try:
             return body.sampling_params(default_max_tokens=default_max_tokens)
@@ -248,34 +228,8 @@ class Service:
             raise ApiError(400, str(error), param=str(error).partition(" ")[0]) from error
 
     async def _prepared(self, param: str, grammar: Grammar) -> Grammar:
-        await self._tokenise(param, lambda: self.engine.prepare_grammar(grammar))
+        await self._tokenising.run(param, lambda: self.engine.prepare_grammar(grammar))
         return grammar
-
-    def _echoed(self, body: CompletionRequest, prompts: Sequence[list[int]]) -> list[Echoed] | None:
-        """The prompts as they stand before their replies."""
-        if not body.echo:
-            return None
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p, skip_special_tokens=False) for p in body.prompt]
-        return [Echoed(text, ids) for text, ids in zip(texts, prompts, strict=True)]
-
-    def _check_ids(self, name: str, token_ids: Sequence[int] | Mapping[int, float]) -> None:
-        size = self.engine.vocab_size
-        unknown = [token_id for token_id in token_ids if not 0 <= token_id < size]
-        if unknown:
-            message = f"{name}: token ids {shorten(unknown[:20])} are outside the vocabulary of {size}."
-            raise ApiError(400, message, param=name)
-
-    def _check_length(self, prompt_ids: Sequence[int], param: str) -> None:
-        if len(prompt_ids) >= self.engine.max_model_len:
-            raise self._too_long(f"{len(prompt_ids)} tokens", param)
-
-    def _too_long(self, length: str, param: str) -> ApiError:
-        limit = self.engine.max_model_len
-        message = (
-            f"The prompt has {length}, but this model's context holds {limit} with the reply; "
-            f"send at most {limit - 1} tokens."
-        )
-        return ApiError(400, message, param=param)
 
     def _head(self, prefix: str, request: Request, heads: HeadsVersion) -> Head:
         digest = heads.digest or self.settings.served.get("backbone_digest")

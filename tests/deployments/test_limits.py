@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import threading
 import time
 
 import httpx
@@ -59,6 +61,56 @@ def test_the_openai_client_does_not_send_a_late_request_again(async_engine, toke
     scripted.gate.set()
 
 
+@pytest.fixture
+def held_tokenising(tokenizer, monkeypatch):
+    """Tokenising waits for the event; what was read is listed."""
+    event, read, encode = threading.Event(), [], tokenizer.encode
+
+    def wait_and_encode(text, **rest):
+        assert event.wait(30)
+        read.append(text)
+        return encode(text, **rest)
+
+    monkeypatch.setattr(tokenizer, "encode", wait_and_encode)
+    yield event, read
+    event.set()
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "tokenize"])
+def test_tokenising_counts_against_the_time_of_a_request(async_engine, tokenizer, serve_live, held_tokenising, path):
+    event, read = held_tokenising
+    url = url_of(async_engine, tokenizer, serve_live, request_timeout_s=0.3)
+    for text in ("first", "second"):  # the second waits behind the first
+        response = httpx.post(f"{url}/{path}", json={"prompt": text}, timeout=10)
+        assert response.status_code == 408
+        assert response.headers["x-should-retry"] == "false"
+    event.set()
+    assert httpx.post(f"{url}/{path}", json={"prompt": "third"}, timeout=10).is_success
+    assert read == ["first", "third"]  # what nobody waited for any more was not tokenised
+
+
+async def test_no_more_wait_to_be_tokenised_than_could_be_admitted(async_engine, tokenizer, held_tokenising):
+    event, read = held_tokenising
+    api = build_api(async_engine, tokenizer, "tiny")
+    most = async_engine.bounds.replies
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:
+        asked = [client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}) for _ in range(most + 2)]
+        waiting = {asyncio.ensure_future(each) for each in asked}
+        refused = set()
+        while len(refused) < 2:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=10)
+            assert done
+            refused |= done
+        for each in refused:
+            assert each.result().status_code == 429
+            assert each.result().json()["error"]["message"].startswith(f"{most} requests wait to be tokenised")
+            assert each.result().headers["retry-after"] == "1"
+        event.set()
+        assert all(response.is_success for response in await asyncio.gather(*waiting))
+        assert (await client.post("/v1/completions", json={"prompt": "y", "max_tokens": 1})).is_success
+    assert len(read) == most + 1
+
+
 def test_a_body_that_trickles_in_is_not_waited_for(async_engine, tokenizer, serve_live):
     url = httpx.URL(url_of(async_engine, tokenizer, serve_live, body_timeout_s=0.3))
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
@@ -107,7 +159,7 @@ async def test_logs_are_json_with_the_request_id(async_engine, tokenizer, script
     logs.install(requests=True)
     scripted.fault = RuntimeError("CUDA error in /some/where")
     await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "one"})
-    monkeypatch.setattr(tokenizer, "encode", lambda text: 1 / 0)
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **_: 1 / 0)
     await ask(async_engine, tokenizer, {"prompt": "x"}, **{"X-Request-ID": "two"})
     entries = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     by_id = {entry["request_id"]: entry for entry in entries if "status" in entry}
