@@ -178,9 +178,7 @@ class Connections:
 
     async def ask(self, path: str, question: Question) -> Answer:
         """Raises RuntimeError for what is neither a whole reply nor a refusal by 429 with Retry-After."""
-        host, port = self._address.hostname, self._address.port
-        assert host is not None and port is not None
-        connection = self._idle.pop() if self._idle else await Connection.open(host, port)
+        connection = await self._take()
         started = time.perf_counter()
         try:
             reply = await connection.ask(path, question.body)
@@ -193,6 +191,14 @@ class Connections:
             raise RuntimeError(f"a reply of {question.reply_tokens} tokens was asked for, its usage is {usage}")
         self._idle.append(connection)
         return Answer(reply.total_s, reply.first_s, question.reply_tokens)
+
+    async def _take(self) -> Connection:
+        host, port = self._address.hostname, self._address.port
+        assert host is not None and port is not None
+        while self._idle:
+            if (connection := self._idle.pop()).is_open:
+                return connection
+        return await Connection.open(host, port)
 
     def close(self) -> None:
         for connection in self._idle:

@@ -69,6 +69,11 @@ class Connection(asyncio.Protocol):
             raise RuntimeError(f"{path} did not give a whole stream: {self._head[:80]!r} ... {self._body[-300:]!r}")
         return Streamed(self._first - started, ended - started, json.loads(events[-2][6:]))
 
+    @property
+    def is_open(self) -> bool:
+        """False once either end has closed it: a server closes what is idle for some seconds."""
+        return self._transport is not None and not self._transport.is_closing()
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()

@@ -73,6 +73,17 @@ async def test_only_a_429_with_retry_after_is_a_refusal():
                 await connections.ask("/v1/completions", question)
 
 
+async def test_a_connection_that_the_server_has_closed_is_not_used_again():
+    refusal = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\ncontent-length: 2\r\n\r\n{}"
+    question = Question([1], 4, {"prompt": [1]})
+    async with answering(refusal) as connections:
+        await connections.ask("/v1/completions", question)
+        (kept,) = connections._idle
+        kept._transport.abort()  # as the server's end would
+        answer = await asyncio.wait_for(connections.ask("/v1/completions", question), 10)
+        assert answer.is_refusal and connections._idle[0] is not kept
+
+
 def test_a_real_service_answers_or_refuses_everything(tiny_llama: Path, tmp_path: Path):
     config = ServerConfig(
         model=str(tiny_llama),
