@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from deployments import logs
 from deployments.async_engine import AsyncEngine
 from deployments.handover import Pace
-from medusa import EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
+from medusa import Engine, EngineStats, HeadsConfig, MedusaHeads, SamplingParams, TokenLogprob
 from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_checkpoint
 from medusa.engine.sequence import Output, Sequence
 from medusa.grammar import Grammars
@@ -132,6 +132,35 @@ class ScriptedEngine:
             pages_total=self.max_batch_size * PAGES_EACH,
             tree_size=self.width,
         )
+
+
+class HeldSteps:
+    """A real engine's steps, each held back until it is let go. `found` has what the engine held as each began: the
+    steps before it, its running and waiting replies, and the cache's pages in use."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._step = engine, engine.step
+        self._allowed = threading.Semaphore(0)
+        self._is_open = False
+        self.found: list[SimpleNamespace] = []
+        engine.step = self._held
+
+    def let_go(self, count: int) -> None:
+        """So many steps more may run."""
+        self._allowed.release(count)
+
+    def open(self) -> None:
+        """Nothing is held any more."""
+        self._is_open = True
+        self._allowed.release()
+
+    def _held(self) -> list[Output]:
+        stats, pool = self._engine.stats(), self._engine._cache.pool
+        self.found.append(
+            SimpleNamespace(steps=stats.steps, running=stats.running, waiting=stats.waiting, pages=pool.num_used)
+        )
+        assert self._is_open or self._allowed.acquire(timeout=60)
+        return self._step()
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,13 @@ from contextlib import aclosing
 
 import pytest
 
-from deployments.admission import QueueFull
+from deployments.admission import Demand, QueueFull
 from deployments.async_engine import AsyncEngine, EngineUnavailable
-from medusa import SamplingParams
+from medusa import Engine, SamplingParams
+from tests.deployments.conftest import HeldSteps
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
 
 async def until(condition, seconds=10.0):
@@ -121,6 +123,68 @@ async def test_a_caller_cancelled_before_the_engine_answered_frees_its_place(asy
     await until(lambda: async_engine._inbox.empty() and async_engine.stats().running == 0)
     assert not scripted.has_unfinished()
     assert not async_engine._open
+
+
+@pytest.fixture
+def real(tiny_llama, tiny_heads):
+    """The thread over a real engine with a tree, and the steps of that engine."""
+    engine = Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4)
+    steps = HeldSteps(engine)
+    running = AsyncEngine(engine, max_queued=200)
+    yield running, steps
+    steps.open()
+    running.close()
+
+
+async def test_the_step_after_a_caller_left_has_its_pages(real):
+    engine, steps = real
+    staying = asyncio.ensure_future(collect(engine))
+    await until(lambda: len(steps.found) == 1)
+    leaving = asyncio.ensure_future(collect(engine, [5] * 150, LONG))
+    await asyncio.sleep(0)
+    steps.let_go(3)
+    await until(lambda: len(steps.found) == 4)
+    leaving.cancel()  # the fourth step has begun
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    assert engine.held.replies == 1
+    steps.let_go(1)
+    await until(lambda: len(steps.found) == 5)
+    with_it, without_it = steps.found[3:]
+    assert (with_it.running, with_it.pages) == (2, 1 + 3)
+    assert (without_it.running, without_it.pages) == (1, 1)
+    assert without_it.steps == with_it.steps + 1
+    steps.open()
+    assert (await staying)[-1].finished.finish_reason == "length"
+    await until(lambda: engine.stats().pages_used == 0)
+
+
+async def test_a_hundred_callers_that_leave_leave_no_page_behind(real):
+    """Some leave while they wait, others in the midst of their reply."""
+    engine, steps = real
+
+    async def leave_after(outputs, number):
+        async with aclosing(engine.generate([5 + number] * 70, LONG)) as stream:
+            for _ in range(outputs):
+                await anext(stream)
+
+    callers = [asyncio.ensure_future(leave_after(1 + i % 4, i)) for i in range(80)]
+    impatient = [asyncio.ensure_future(collect(engine, [300 + i] * 70, LONG)) for i in range(20)]
+    await until(lambda: steps.found)
+    assert engine.held.replies == 100
+    for caller in impatient:
+        caller.cancel()
+    steps.open()
+    await asyncio.gather(*callers)
+    assert all(
+        isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*impatient, return_exceptions=True)
+    )
+    assert engine.held == Demand(0)
+    await until(lambda: engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0)
+    assert max(found.running for found in steps.found) == 4
+    assert max(found.pages for found in steps.found) >= 2 * 4
+    assert not engine._open and not engine._requests
+    assert (await collect(engine))[-1].finished.finish_reason == "length"
 
 
 async def test_a_full_queue_is_refused_and_opens_again(async_engine, scripted):
