@@ -1,10 +1,20 @@
-"""What a replica takes and refuses, on a clock of the test's own."""
+"""What a replica takes and refuses: on a clock of the test's own, and over a real engine with few pages."""
 
 from __future__ import annotations
 
+import asyncio
+
+import httpx
 import pytest
 
 from deployments.admission import Admission, Bounds, Demand, QueueFull
+from deployments.api import build_api
+from deployments.async_engine import AsyncEngine
+from medusa import Engine, SamplingParams
+from tests.deployments.conftest import HeldSteps
+
+NUM_PAGES = 8
+LONG = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)  # after 400 tokens: 7 pages of 64
 
 
 class Clock:
@@ -86,3 +96,66 @@ def test_a_refusal_changes_nothing():
         with pytest.raises(QueueFull):
             admission.admit(demand)
     assert admission.held == Demand(1, 5, 5)
+
+
+@pytest.fixture
+def few_pages(tiny_llama):
+    """A real engine of four rows and a cache of 8 pages, its steps held back, and no queue."""
+    page_bytes = 2 * 2 * 64 * 2 * 16 * 4  # keys and values, layers, tokens, heads, their size, float32
+    room = (NUM_PAGES + 1) * page_bytes / 2**30  # one is the trash page
+    engine = Engine.from_pretrained(tiny_llama, max_batch_size=4, kv_cache_gb=room)
+    assert engine.stats().pages_total == NUM_PAGES
+    steps = HeldSteps(engine)
+    running = AsyncEngine(engine, max_queued=0)
+    yield running, steps, engine.tokenizer
+    steps.open()
+    running.close()
+
+
+async def num_tokens(engine, prompt, params):
+    return sum([len(output.token_ids) async for output in engine.generate(prompt, params)])
+
+
+async def test_what_the_pages_cannot_take_is_refused_though_the_batch_has_room(few_pages):
+    engine, steps, _ = few_pages
+    first = await engine.submit([([5] * 400, LONG)])
+    assert engine.held == Demand(1, pages=7, prompt_tokens=400)
+    with pytest.raises(QueueFull, match="7 of 8 pages are taken and the request needs 7") as refusal:
+        await engine.submit([([6] * 400, LONG)])
+    assert refusal.value.retry_after_s >= 1
+    assert engine.held == Demand(1, pages=7, prompt_tokens=400)
+    short = asyncio.ensure_future(num_tokens(engine, [6] * 20, SamplingParams(max_tokens=4, ignore_eos=True)))
+    await asyncio.sleep(0)
+    assert engine.held == Demand(2, pages=8, prompt_tokens=420)
+    first.close()
+    steps.open()
+    assert await num_tokens(engine, [6] * 400, LONG) == 20
+    assert await short == 4
+    assert engine.held == Demand(0)
+
+
+async def test_a_client_learns_that_the_pages_are_taken_and_when_to_come_back(few_pages):
+    engine, steps, tokenizer = few_pages
+    body = {"prompt": [5] * 400, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 400}
+    transport = httpx.ASGITransport(app=build_api(engine, tokenizer, "tiny"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        first = asyncio.ensure_future(client.post("/v1/completions", json=body))
+        while engine.held == Demand(0):
+            await asyncio.sleep(0.005)
+        for path, refused in (
+            ("completions", body),
+            ("completions", body | {"stream": True}),
+            ("chat/completions", chat),
+        ):
+            response = await client.post(f"/v1/{path}", json=refused)
+            assert response.status_code == 429
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+            error = response.json()["error"]
+            assert error.keys() == {"message", "type", "param", "code"}
+            assert (error["type"], error["param"], error["code"]) == ("RateLimitError", None, 429)
+            assert "7 of 8 pages are taken and the request needs 7" in error["message"]
+        steps.open()
+        assert (await first).json()["usage"]["completion_tokens"] == 20
+        again = await client.post("/v1/completions", json=body)
+        assert again.json()["usage"]["completion_tokens"] == 20
