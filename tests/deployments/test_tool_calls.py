@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.api import build_api
+from deployments.async_engine import AsyncEngine
 from deployments.tool_calls import HermesReader, NamedReader, RequiredReader
+from medusa import Engine
 from medusa.tokenizer import ChatTokenizer
 
 WEATHER = {
@@ -170,3 +174,68 @@ async def test_a_call_that_must_be_made_is_written_under_a_grammar(client, scrip
     for choice, words in ((named, "place"), ("required", '"const": "weather"')):
         _, params, _ = await prompt_of(client, scripted, HELLO | {"tool_choice": choice})
         assert words in params.grammar.definition
+
+
+class Forecast(BaseModel):
+    """The arguments of a function: what a model of random weights writes is one of these only if it has to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    place: Literal["Paris", "Rome"]
+    days: int = Field(ge=1, le=14)
+    hourly: bool
+
+
+NAMES = ("forecast", "archive")
+FORECASTS = [{"type": "function", "function": {"name": n, "parameters": Forecast.model_json_schema()}} for n in NAMES]
+NAMED = {"type": "function", "function": {"name": "archive"}}
+
+
+@pytest.fixture(scope="module")
+def real(tiny_llama, tiny_heads, make_tokenizer):
+    """(The app over a real engine with a tree, a bias that ends a list of calls after the first)"""
+    pytest.importorskip("llguidance")
+    names_of_tools = "{% for tool in tools or () %}{{ tool.function.name }} {% endfor %}"
+    tokenizer = ChatTokenizer(make_tokenizer(chat_template=names_of_tools + TEMPLATE.partition("{% endif %}")[2]))
+    engine = AsyncEngine(Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4))
+    (bracket,) = tokenizer.hf.encode("]", add_special_tokens=False)
+    yield build_api(engine, tokenizer, "tiny"), {str(bracket): 100}
+    engine.close()
+
+
+def check_call(call, names):
+    assert call["function"]["name"] in names
+    assert call["type"] == "function" and call["id"].startswith("call-")
+    return Forecast.model_validate_json(call["function"]["arguments"])
+
+
+@pytest.mark.parametrize(("choice", "names"), [("required", NAMES), (NAMED, NAMES[1:])], ids=["required", "named"])
+async def test_a_call_that_must_be_made_is_made_and_obeys_its_schema(real, choice, names):
+    api, bias = real
+    body = HELLO | {"tools": FORECASTS, "tool_choice": choice, "max_tokens": 480, "temperature": 1, "logit_bias": bias}
+    written = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=api), base_url="http://test") as client:
+        for seed in range(3):
+            answer = (await client.post("/v1/chat/completions", json=body | {"seed": seed})).json()["choices"][0]
+            assert answer["finish_reason"] == "tool_calls"
+            assert answer["message"]["content"] is None
+            (call,) = answer["message"]["tool_calls"]
+            written.append(check_call(call, names))
+    assert len({forecast.model_dump_json() for forecast in written}) > 1  # the model chose
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+def test_the_openai_client_gets_a_call_that_must_be_made(real, serve_live, choice):
+    api, bias = real
+    client = openai.OpenAI(base_url=f"{serve_live(api)}/v1", api_key="none", max_retries=0, timeout=60)
+    asked = {"model": "tiny", "messages": HELLO["messages"], "tools": FORECASTS, "tool_choice": choice}
+    asked |= {"max_tokens": 480, "temperature": 1, "seed": 1, "logit_bias": bias}
+    whole = client.chat.completions.create(**asked).choices[0]
+    (call,) = whole.message.tool_calls
+    arguments = check_call(call.model_dump(), NAMES)
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**asked, stream=True)]
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or ()]
+    assert {part.index for part in parts} == {0}
+    assert [part.function.name for part in parts if part.function.name] == [call.function.name]
+    assert Forecast.model_validate_json("".join(part.function.arguments for part in parts)) == arguments
+    assert chunks[-1].finish_reason == whole.finish_reason == "tool_calls"
