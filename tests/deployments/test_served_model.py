@@ -13,6 +13,7 @@ from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
 from deployments.config import HeadsConfig
 from deployments.heads_slot import HeadsSlot
+from deployments.token_texts import TokenTexts
 from medusa import Engine, Grammar, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
@@ -201,6 +202,27 @@ async def test_a_reply_of_a_given_form_is_what_plain_decoding_gives_under_it(cli
     assert json.loads(expected.text)["a"] in (1, 22, 333)
     answer = await complete(client, PROMPTS[0], structured_outputs={"choice": ["one way", "another"]}, temperature=0)
     assert answer["choices"][0]["text"] in ("one way", "another")
+
+
+async def test_a_json_object_always_parses_and_is_what_plain_decoding_gives_token_for_token(client, plain):
+    """Quotes, brackets and the end are made likely, so that a model of random weights comes to an end."""
+    pytest.importorskip("llguidance")
+    texts = TokenTexts(plain.tokenizer.hf)
+    bias = {plain.tokenizer.hf.convert_tokens_to_ids(token): 4.0 for token in ('"', "}", "]", ":", "</s>")}
+    found = []
+    for seed in (1, 3, 6, 8, 9, 10):
+        fields = {"temperature": 1.0, "seed": seed, "max_tokens": 200, "logit_bias": bias}
+        params = SamplingParams(**fields, grammar=Grammar("json_schema", '{"type": "object"}'))
+        (expected,) = plain.generate([plain.tokenizer.encode_chat(MESSAGES)], params)
+        fields |= {"logit_bias": {str(token): value for token, value in bias.items()}, "logprobs": True}
+        body = {"messages": MESSAGES, "response_format": {"type": "json_object"}} | fields
+        choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        assert choice["finish_reason"] == expected.finish_reason == "stop"
+        assert choice["message"]["content"] == expected.text
+        tokens = [entry["bytes"] for entry in choice["logprobs"]["content"]]
+        assert tokens == [list(texts.to_bytes(token)) for token in expected.token_ids]
+        found.append(json.loads(choice["message"]["content"]))
+    assert all(isinstance(value, dict) and value for value in found)
 
 
 @pytest.mark.parametrize(
