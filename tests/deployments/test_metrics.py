@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -13,8 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api import build_api
 from deployments.async_engine import AsyncEngine
+from deployments.autoscaling import load_of
 from deployments.metrics import Metrics, RayMirror, StepTokens
-from medusa import SamplingParams
+from medusa import Engine, SamplingParams
+from tests.deployments.conftest import HeldSteps
 
 DASHBOARD = Path(__file__).resolve().parents[2] / "deployments" / "dashboard.json"
 # vLLM's stems, which dashboards and alerts are written for.
@@ -114,6 +117,45 @@ async def test_what_runs_and_what_was_refused_or_left(client, engine, scripted):
     found = await scraped(client)
     assert found["medusa_request_success_total", (("finished_reason", "abort"),)] == 8
     assert found["medusa_kv_cache_usage_perc", ()] == 0
+
+
+@pytest.fixture
+def held(tiny_llama):
+    """(The thread over a real engine, that engine, its steps)"""
+    real = Engine.from_pretrained(tiny_llama, max_batch_size=4, max_model_len=256)
+    steps = HeldSteps(real)
+    engine = AsyncEngine(real, max_queued=4, metrics=Metrics("tiny", replica="r7"))
+    yield engine, real, steps
+    steps.open()
+    engine.close()
+
+
+async def test_what_runs_waits_and_fills_pages_shows_while_it_does(held):
+    """Six replies in a batch of four, held before the fourth step; then all have left."""
+    engine, real, steps = held
+    stream = await engine.submit([([5] * 70, SamplingParams(max_tokens=40, n=6, ignore_eos=True))])
+    steps.let_go(3)
+    while len(steps.found) < 4:
+        await asyncio.sleep(0.005)
+    transport = httpx.ASGITransport(app=build_api(engine, real.tokenizer, "tiny"))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        found, load, pool = await scraped(client), load_of(engine), real._cache.pool
+        assert found["medusa_num_requests_running", ()] == 4
+        assert found["medusa_num_requests_waiting", ()] == 2
+        assert pool.num_used >= 4
+        assert found["medusa_kv_cache_usage_perc", ()] == load["page_use"] == pool.num_used / pool.num_pages
+        assert load["replies"] == 6
+        assert load["step_s"] == engine.step_seconds > 0
+        assert found["medusa_step_time_seconds_count", ()] == 3
+        steps.open()
+        assert len({output.index async for _, output in stream}) == 6
+        while engine.stats().running:
+            await asyncio.sleep(0.005)
+        assert load_of(engine) == {"replies": 0, "page_use": 0, "queued_tokens": 0, "step_s": 0}
+        engine.close()  # after its last step has been counted
+        found = await scraped(client)
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    assert [found[f"medusa_{name}", ()] for name in names] == [0, 0, 0]
 
 
 async def test_a_sick_engine_shows(client, scripted):
