@@ -90,6 +90,29 @@ def test_stops(client, plain):
     assert (choice.text, choice.finish_reason) == (reply.text, "stop")
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_each_of_four_stops_ends_a_reply(client, plain, place):
+    (free,) = expected(plain)
+    stop = free.text[9:12]
+    stops = [f"never there {i}" for i in range(4)]
+    stops[place] = stop
+    choice = complete(client, stop=stops).choices[0]
+    assert (choice.text, choice.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+    chunks = [chunk.choices[0] for chunk in complete(client, stop=stops, stream=True)]
+    assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (choice.text, "stop")
+    (free,) = expected(plain, plain.tokenizer.encode_chat(MESSAGES))
+    stops[place] = stop = free.text[9:12]
+    choice = chat(client, stop=stops).choices[0]
+    assert (choice.message.content, choice.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+
+
+def test_a_fifth_stop_is_one_too_many(client):
+    for ask in (complete, chat):
+        with pytest.raises(openai.BadRequestError, match="at most 4 stop strings are allowed, got 5") as raised:
+            ask(client, stop=[*"abcde"])
+        assert raised.value.param == "stop"
+
+
 def test_logprobs_of_both_apis(client, plain):
     (reply,) = expected(plain, logprobs=2)
     logprobs = complete(client, logprobs=2).choices[0].logprobs
