@@ -35,12 +35,18 @@ class MedusaServer(server.MedusaServer.func_or_class.__mro__[1]):
 
 
 def build_app(args: dict[str, Any]) -> Any:
+    return app_of(MedusaServer, args)
+
+
+def app_of(server_class: type, args: dict[str, Any]) -> Any:
+    """The application of `args`, with one replica, of another class than the service's own."""
     config = server.build_app(args)._bound_deployment
-    ours = serve.deployment(serve.ingress()(MedusaServer))
+    ours = serve.deployment(serve.ingress()(server_class))
     return ours.options(
         name="MedusaServer",
         user_config=config.user_config,
         ray_actor_options=config.ray_actor_options,
         health_check_period_s=args["health_check_period_s"],
+        graceful_shutdown_timeout_s=args["graceful_shutdown_timeout_s"],
         num_replicas=1,
     ).bind(config.init_args[0])

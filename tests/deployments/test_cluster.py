@@ -18,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from medusa import Engine, SamplingParams
 from medusa.digests import directory_digest
+from tests.deployments.held_server import hold_of
 from tests.deployments.replicas import replica_pids
 
 pytestmark = pytest.mark.ray
@@ -55,12 +56,17 @@ class Service:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
 
     def deploy(self, import_path="deployments.server:build_app", user_config=None, **args):
+        """Returns once it runs."""
         self.args |= args
+        self.order(import_path, {} if user_config is None else {"user_config": user_config})
+
+    def order(self, import_path, options, *, waits=True):
+        """`options` are the deployment's own, beside the arguments."""
         application = {"name": "medusa", "route_prefix": "/", "import_path": import_path, "args": self.args}
-        if user_config is not None:
-            application["deployments"] = [{"name": "MedusaServer", "user_config": user_config}]
+        if options:
+            application["deployments"] = [{"name": "MedusaServer", **options}]
         schema = ServeDeploySchema(applications=[application], http_options={"host": "127.0.0.1", "port": self.port})
-        _get_global_client().deploy_apps(schema, _blocking=True)
+        _get_global_client().deploy_apps(schema, _blocking=waits)
 
     def get(self, path):
         return httpx.get(self.url + path, timeout=30).json()
@@ -176,10 +182,39 @@ async def keep_asking(url, num_clients, stop, outcomes, **fields):
         await asyncio.gather(*(client(http) for _ in range(num_clients)))
 
 
+def in_state(name):
+    """How many replicas are."""
+    return serve.status().applications["medusa"].deployments["MedusaServer"].replica_states.get(name, 0)
+
+
 def running():
     """Replicas that take requests."""
-    states = serve.status().applications["medusa"].deployments["MedusaServer"].replica_states
-    return states.get("RUNNING", 0)
+    return in_state("RUNNING")
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_scaled_down_ends_its_streams_first(service, plain, tiny_llama):
+    """Both replicas are held in the midst of their replies until Serve has told one of them to stop."""
+    app, hold = "tests.deployments.held_server:build_app", hold_of(tiny_llama)
+    service.order(app, {"user_config": {}, "num_replicas": 2})
+    wait_until(lambda: running() == 2)
+    both = service.replicas()
+    (expected,) = plain.generate(["x"], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
+    hold.mkdir()
+    try:
+        streams = [stream_in_thread(service.url, max_tokens=60) for _ in range(8)]
+        wait_until(lambda: sorted(int(file.name) for file in hold.iterdir()) == both)
+        service.order(app, {"user_config": {}, "num_replicas": 1}, waits=False)
+        wait_until(lambda: (running(), in_state("STOPPING")) == (1, 1))
+        assert service.replicas() == both
+    finally:
+        shutil.rmtree(hold)
+    for thread, got in streams:
+        thread.join(60)
+        assert (got["end"], got["text"]) == ("data: [DONE]", expected.text)
+    wait_until(lambda: len(service.replicas()) == 1)
+    assert set(service.replicas()) < set(both)
+    assert service.complete().status_code == 200
 
 
 @pytest.mark.slow
