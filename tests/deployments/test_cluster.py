@@ -22,6 +22,7 @@ from tests.deployments.held_server import hold_of
 from tests.deployments.replicas import replica_pids
 
 pytestmark = pytest.mark.ray
+SERVER = "deployments.server:build_app"
 
 
 def free_port():
@@ -55,7 +56,7 @@ class Service:
         }
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self.port})
 
-    def deploy(self, import_path="deployments.server:build_app", user_config=None, **args):
+    def deploy(self, import_path=SERVER, user_config=None, **args):
         """Returns once it runs."""
         self.args |= args
         self.order(import_path, {} if user_config is None else {"user_config": user_config})
@@ -249,3 +250,42 @@ def test_replicas_come_and_go_with_the_load_and_no_request_fails(service):
         one.join(60)
     assert set(outcomes) == {200}
     assert outcomes[200] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_another_backbone_comes_in_replica_by_replica_and_no_request_fails(service, plain, make_backbone_dir):
+    """Each reply is the one model's or the other's, and says which."""
+    other = make_backbone_dir("llama", seed=1)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    service.deploy(user_config={}, min_replicas=2, max_replicas=2)
+    before, pids = service.get("/version")["backbone_digest"], service.replicas()
+    assert (before, len(pids)) == (plain.backbone.digest, 2)
+    replies, stop = Counter(), threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            response = service.complete(prompt="x", max_tokens=20, ignore_eos=True)
+            answer = response.json() if response.is_success else {"choices": [{"text": response.text}]}
+            replies[answer.get("system_fingerprint"), answer["choices"][0]["text"]] += 1
+
+    clients = [threading.Thread(target=ask) for _ in range(2)]
+    for client in clients:
+        client.start()
+    try:
+        wait_until(lambda: replies)
+        service.args["model"] = str(other)
+        service.order(SERVER, {"user_config": {}}, waits=False)
+        wait_until(lambda: not set(service.replicas()) & set(pids) and running() == 2, 150)
+        wait_until(lambda: len(replies) > 1)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join(60)
+    new = Engine.from_pretrained(other, max_batch_size=4)
+    assert service.get("/version")["backbone_digest"] == new.backbone.digest != before
+    expected = {
+        (f"medusa-{engine.backbone.digest.removeprefix('sha256:')[:12]}", engine.generate(["x"], params)[0].text)
+        for engine in (plain, new)
+    }
+    assert set(replies) == expected
