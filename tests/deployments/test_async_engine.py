@@ -11,6 +11,7 @@ import pytest
 
 from deployments.admission import Demand, QueueFull
 from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.handover import Pace
 from medusa import Engine, SamplingParams
 from tests.deployments.conftest import HeldSteps
 
@@ -130,7 +131,7 @@ def real(tiny_llama, tiny_heads):
     """The thread over a real engine with a tree, and the steps of that engine."""
     engine = Engine.from_pretrained(tiny_llama, tiny_heads, speculation=6, max_batch_size=4)
     steps = HeldSteps(engine)
-    running = AsyncEngine(engine, max_queued=200)
+    running = AsyncEngine(engine, max_queued=200, pace=Pace(seconds=0.0))
     yield running, steps
     steps.open()
     running.close()
@@ -174,16 +175,21 @@ async def test_a_hundred_callers_that_leave_leave_no_page_behind(real):
     assert engine.held.replies == 100
     for caller in impatient:
         caller.cancel()
+    while not all(caller.done() for caller in callers):
+        seen = len(steps.found)
+        steps.let_go(1)
+        await until(lambda seen=seen: len(steps.found) > seen or all(caller.done() for caller in callers))
+        for _ in range(8):  # who has enough of what that step gave leaves before the next
+            await asyncio.sleep(0)
     steps.open()
-    await asyncio.gather(*callers)
-    assert all(
-        isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*impatient, return_exceptions=True)
-    )
+    ends = await asyncio.gather(*callers, *impatient, return_exceptions=True)
+    assert [type(end) for end in ends] == [type(None)] * 80 + [asyncio.CancelledError] * 20
     assert engine.held == Demand(0)
     await until(lambda: engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0)
     assert max(found.running for found in steps.found) == 4
     assert max(found.pages for found in steps.found) >= 2 * 4
     assert not engine._open and not engine._requests
+    assert len(steps.found) < 400  # to their ends, four at a time, the replies would take over 2,000
     assert (await collect(engine))[-1].finished.finish_reason == "length"
 
 
