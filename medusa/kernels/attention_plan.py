@@ -12,6 +12,7 @@ import triton
 
 MAX_SPLITS = 64
 FEW_SPLITS = 8  # beyond which there are more only where there would be fewer programs than processors
+IN_PLACE = 4  # splits of a small tile at most; the last of them to arrive merges them
 MAX_ROWS = 64  # query rows of a tile
 UNEVEN = 4  # programs a processor below which whole tiles would leave processors idle at the launch's end
 PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
@@ -62,7 +63,12 @@ class AttentionPlan:
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         heads = batch_size * num_kv_heads
         small_tiles = heads * triton.cdiv(packed, 16)
-        if not chain and group > 1 and packed > 16 and small_tiles <= processors <= 16 / 3 * small_tiles:
+        if (
+            not chain
+            and group > 1
+            and packed > 16
+            and 0.75 * processors <= IN_PLACE * small_tiles <= IN_PLACE * processors
+        ):
             return cls._of_small_tiles(small_tiles, processors, max_nodes)
         rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
         programs = heads * triton.cdiv(packed, rows)
@@ -79,11 +85,11 @@ class AttentionPlan:
 
     @classmethod
     def _of_small_tiles(cls, programs: int, processors: int, max_nodes: int) -> AttentionPlan:
-        """Where heads share keys and tiles of 16 rows are fewer than processors, but in four splits three quarters of
-        them at least: they read the keys again, from L2, but each is done sooner."""
-        splits = min(4, _power_of_two(2 * processors / programs))
+        """Where heads share keys and tiles of 16 rows are fewer than processors, but with all their splits three
+        quarters of them at least: they read the keys again, from L2, but each is done sooner."""
+        splits = min(IN_PLACE, _power_of_two(2 * processors / programs))
         tree_columns = 16 if max_nodes <= 16 else 32
-        return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=4)
+        return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=IN_PLACE)
 
 
 def _power_of_two(most: float) -> int:
