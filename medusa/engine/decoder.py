@@ -18,9 +18,10 @@ from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.gate import silu_mul
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import Weight, gated, plan_gated_of, plan_of, product
+from medusa.kernels.matmul import gated, product
 from medusa.kernels.norm import add_norm
 from medusa.kernels.rope import rope_write
+from medusa.kernels.tiles import Weight, plan_gated_of, plan_of
 from medusa.model import Backbone
 from medusa.quantization import QuantizedWeight
 from medusa.quantized_linear import QuantizedLinear

@@ -15,10 +15,11 @@ from torch import nn
 from medusa.heads import DraftHeads
 from medusa.hydra import HydraHeads
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import plan_of, product
+from medusa.kernels.matmul import product
 from medusa.kernels.path import Paths, most_asked, plan_paths, read_paths, take_guesses
 from medusa.kernels.seen import add_silu, see
 from medusa.kernels.state import Drafts, RowState, Trees
+from medusa.kernels.tiles import plan_of
 from medusa.kernels.topk import scratch, topk
 from medusa.model import Backbone
 

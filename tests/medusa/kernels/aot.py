@@ -29,7 +29,8 @@ from triton.runtime.jit import JITFunction
 import medusa.kernels
 from medusa.kernels.attention import registers
 from medusa.kernels.attention_plan import AttentionPlan
-from medusa.kernels.matmul import AHEAD_COLUMNS, Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
+from medusa.kernels.matmul import AHEAD_COLUMNS
+from medusa.kernels.tiles import Tiles, plan_gated, plan_gated_of, plan_product, plan_quantized
 from medusa.quantization import QuantizedWeight
 
 ARCHITECTURES = {80: "sm_80", 90: "sm_90a"}

@@ -7,18 +7,8 @@ import torch
 from torch.nn import functional
 
 from medusa.kernels import matmul as kernels
-from medusa.kernels.matmul import (
-    AHEAD_COLUMNS,
-    LARGEST_MATRIX,
-    LIBRARY_ROWS,
-    Tiles,
-    gated,
-    matmul,
-    plan_gated,
-    plan_product,
-    plan_quantized,
-    product,
-)
+from medusa.kernels.matmul import AHEAD_COLUMNS, gated, matmul, product
+from medusa.kernels.tiles import LARGEST_MATRIX, LIBRARY_ROWS, Tiles, plan_gated, plan_product, plan_quantized
 from medusa.quantization import QuantizedWeight
 
 NAN = float("nan")

@@ -10,7 +10,7 @@ import torch
 from medusa import Engine, SamplingParams
 from medusa.engine.decoder import FusedDecoder, fuse
 from medusa.engine.graph_runner import GraphRunner
-from medusa.kernels.matmul import plan_gated_of
+from medusa.kernels.tiles import plan_gated_of
 from medusa.model import Backbone
 from medusa.quantization import QuantizedWeight
 from medusa.quantized_linear import QuantizedLinear
