@@ -31,18 +31,22 @@ def _load(pointers, inside, d, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _turned(rows, POSITION, COS, SIN, sc, inside, d, D: tl.constexpr, BD: tl.constexpr):
-    """Heads at the pointers `rows`, rotated by their positions in float32 and rounded once."""
+def _angles(POSITION, COS, SIN, sc, inside, d, D: tl.constexpr, BD: tl.constexpr):
+    """cos and sin of the positions at the pointers, for each channel of a head."""
+    position = tl.load(POSITION, mask=inside, other=0)
+    angle = position[:, None] * sc + (d % (D // 2))[None, :]
+    return _load(COS + angle, inside, d, D, BD), _load(SIN + angle, inside, d, D, BD)
+
+
+@triton.jit
+def _turned(rows, cos, sin, inside, d, D: tl.constexpr, BD: tl.constexpr):
+    """Heads at the pointers `rows`, rotated in float32 and rounded once."""
     half: tl.constexpr = D // 2
     partner = tl.where(d < half, d + half, d - half)
     x = _load(rows[:, None] + d[None, :], inside, d, D, BD)
     y = _load(rows[:, None] + partner[None, :], inside, d, D, BD)
-    position = tl.load(POSITION, mask=inside, other=0)
-    angle = position[:, None] * sc + (d % half)[None, :]
-    cos = _load(COS + angle, inside, d, D, BD).to(tl.float32)
-    sin = _load(SIN + angle, inside, d, D, BD).to(tl.float32)
-    turned = x.to(tl.float32) * cos + tl.where((d < half)[None, :], -y.to(tl.float32), y.to(tl.float32)) * sin
-    return turned.to(x.dtype)
+    across = tl.where((d < half)[None, :], -y.to(tl.float32), y.to(tl.float32))
+    return (x.to(tl.float32) * cos.to(tl.float32) + across * sin.to(tl.float32)).to(x.dtype)
 
 
 @triton.jit
@@ -144,11 +148,13 @@ def _attend(
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), SPLITS), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)
+    if FRESH:
+        cos, sin = _angles(POSITION + flat, COS, SIN, sc, live, d, D, BD)
     await_inputs(PDL)
     if tile * BM >= count * GROUP:
         return
     if FRESH:
-        q = _turned(Q + flat * sq_m + head * sq_h, POSITION + flat, COS, SIN, sc, live, d, D, BD)
+        q = _turned(Q + flat * sq_m + head * sq_h, cos, sin, live, d, D, BD)
     else:
         q = _load(Q + flat[:, None] * sq_m + head[:, None] * sq_h + d[None, :], live, d, D, BD)
     m = tl.full([BM], -1e30, tl.float32)
@@ -177,7 +183,8 @@ def _attend(
             if FRESH:
                 fresh = (start + j).to(tl.int64)
                 source = Q + fresh * sq_m + (H + head_kv) * sq_h
-                k = _turned(source, POSITION + fresh, COS, SIN, sc, inside, d, D, BD)
+                its_cos, its_sin = _angles(POSITION + fresh, COS, SIN, sc, inside, d, D, BD)
+                k = _turned(source, its_cos, its_sin, inside, d, D, BD)
                 v = _load(source[:, None] + (H // GROUP) * sq_h + d[None, :], inside, d, D, BD)
                 mine = inside & (j >= tile * BM // GROUP)  # each tile writes its own nodes
                 store_rows(KEYS + at[:, None] + d[None, :], k, mine, d, D, BD)

@@ -13,6 +13,7 @@ import triton
 MAX_SPLITS = 64
 FEW_SPLITS = 8  # beyond which there are more only where there would be fewer programs than processors
 IN_PLACE = 4  # splits of a small tile at most; the last of them to arrive merges them
+MOST_SPLITS = 7  # of a tree's small tiles
 MAX_ROWS = 64  # query rows of a tile
 UNEVEN = 4  # programs a processor below which whole tiles would leave processors idle at the launch's end
 PIPELINED = 5  # stages with which two tiles of keys and values are under way, and the pages of those after them
@@ -55,33 +56,53 @@ class AttentionPlan:
         num_kv_heads: int,
         processors: int,
     ) -> AttentionPlan:
-        """A plan that keeps the GPU's multiprocessors busy about twice over, for trees or for chains.
+        """The plan that was fastest in whole steps on a Hopper GPU (docs/performance.md), for trees or for chains.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
-        plan spills registers with heads of 128 in 16 bits (64 rows would on an A100, where the launch rotates too).
+        plan spills registers with heads of 128 in 16 bits, on an A100 either.
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         heads = batch_size * num_kv_heads
-        small_tiles = heads * triton.cdiv(packed, 16)
-        if (
-            not chain
-            and group > 1
-            and packed > 16
-            and 0.75 * processors <= IN_PLACE * small_tiles <= IN_PLACE * processors
-        ):
-            return cls._of_small_tiles(small_tiles, processors, max_nodes)
-        rows = 16 if packed <= 16 else MAX_ROWS if chain and packed > 32 else 32
-        programs = heads * triton.cdiv(packed, rows)
-        splits = min(MAX_SPLITS, _power_of_two(2 * processors / programs))
-        if splits > FEW_SPLITS:  # that many take long to merge
-            splits = max(FEW_SPLITS, min(MAX_SPLITS, _power_of_two(processors / programs)))
-        if splits == 1 and not chain and programs < UNEVEN * processors:
-            splits = 2
+        if chain:
+            return cls._of_chains(heads, packed, max_nodes, processors)
+        if packed <= 16:
+            return cls._of_small_trees(heads, max_nodes, group, processors)
+        tiles = heads * triton.cdiv(packed, 16)
+        if group > 1 and 0.75 * processors <= IN_PLACE * tiles <= IN_PLACE * processors:
+            return cls._of_small_tiles(tiles, processors, max_nodes)
+        return cls._of_large_trees(heads * triton.cdiv(packed, 32), max_nodes, group, processors)
+
+    @classmethod
+    def _of_chains(cls, heads: int, packed: int, max_nodes: int, processors: int) -> AttentionPlan:
+        """Programs for every multiprocessor about twice over."""
+        rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
+        splits = _few_splits(heads * triton.cdiv(packed, rows), processors)
         tree_columns = 16 if max_nodes <= 16 else 32
         if rows == MAX_ROWS:
             columns, warps = (32, 4) if splits == 1 else (64, 8)
             return cls(splits, rows, columns, max_nodes, tree_columns, warps)
         return cls(splits, rows, 64, max_nodes, tree_columns, stages=PIPELINED)
+
+    @classmethod
+    def _of_small_trees(cls, programs: int, max_nodes: int, group: int, processors: int) -> AttentionPlan:
+        """One tile of 16 rows a sequence and key-value head: split while all programs run at once, of which a
+        multiprocessor holds three; where they do not, in programs so small that it holds more."""
+        if programs > 3 * processors:
+            return cls(1, 16, 32, max_nodes, tree_columns=16, warps=2, stages=PIPELINED)
+        tree_columns = 16 if max_nodes <= 16 else 32
+        splits = _odd_splits(programs, (3 if group == 1 else 2) * processors)
+        return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=IN_PLACE)
+
+    @classmethod
+    def _of_large_trees(cls, programs: int, max_nodes: int, group: int, processors: int) -> AttentionPlan:
+        """Tiles of 32 rows: while there are few, each gets twice the threads and a multiprocessor of its own."""
+        if group == 1 and 2 * programs <= processors:
+            splits = _odd_splits(programs, processors)
+            return cls(splits, 32, 64, max_nodes, 64, warps=8, stages=PIPELINED, merged_in_place=IN_PLACE)
+        splits = _few_splits(programs, processors)
+        if splits == 1 and programs < UNEVEN * processors:
+            splits = 2
+        return cls(splits, 32, 64, max_nodes, stages=PIPELINED)
 
     @classmethod
     def _of_small_tiles(cls, programs: int, processors: int, max_nodes: int) -> AttentionPlan:
@@ -90,6 +111,20 @@ class AttentionPlan:
         splits = min(IN_PLACE, _power_of_two(2 * processors / programs))
         tree_columns = 16 if max_nodes <= 16 else 32
         return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=IN_PLACE)
+
+
+def _odd_splits(programs: int, room: int) -> int:
+    """As many as there is room for at once, up to MOST_SPLITS; odd numbers were faster than the next even ones."""
+    splits = min(MOST_SPLITS, max(1, room // programs))
+    return splits if splits <= 2 else (splits - 1) | 1
+
+
+def _few_splits(programs: int, processors: int) -> int:
+    """For two programs a processor; more than FEW_SPLITS, which take long to merge, only for one a processor."""
+    splits = min(MAX_SPLITS, _power_of_two(2 * processors / programs))
+    if splits > FEW_SPLITS:
+        return max(FEW_SPLITS, min(MAX_SPLITS, _power_of_two(processors / programs)))
+    return splits
 
 
 def _power_of_two(most: float) -> int:

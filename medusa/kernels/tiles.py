@@ -41,20 +41,20 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
     if may_split and size >= 1024:
         if rows_x == 128:
-            return Tiles(rows_x, 64, 64, splits=4, stages=4)
-        return Tiles(rows_x, 64, 128, splits=2, stages=6 if rows_x == 16 else 4)
+            return Tiles(128, 64, 128, splits=2, stages=3) if size < 8192 else Tiles(128, 64, 64, splits=4, stages=4)
+        return Tiles(rows_x, 64, 128, splits=2, stages={16: 6, 32: 5, 64: 4}[rows_x])
     if num_out >= LIBRARY_COLUMNS:
         return Tiles(rows_x, 64, 128, stages=4 if rows_x <= 32 else 3)
-    if rows_x <= 32:
-        return Tiles(rows_x, 128, 64, stages=5)
-    return Tiles(rows_x, 64, 64, stages=6) if rows_x == 64 else None
+    if rows_x == 16:
+        return Tiles(16, 128, 128, stages=4)
+    return Tiles(rows_x, 128, 64, stages=6, warps=rows_x // 8) if rows_x <= 64 else None
 
 
 def plan_gated(num_rows: int) -> Tiles | None:
     """The same for a gated product."""
     if num_rows <= 16:
-        return Tiles(16, 32, 128, stages=3)
-    return Tiles(64, 64, 64, stages=4) if 32 < num_rows <= 64 else None
+        return Tiles(16, 32, 128, stages=3, warps=2)
+    return Tiles(32 if num_rows <= 32 else 64, 64, 64, stages=4) if num_rows <= 64 else None
 
 
 def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles:

@@ -173,6 +173,7 @@ def attentions() -> list[Case]:
                     plan.rows,
                     plan.columns,
                     plan.tree_columns,
+                    plan.warps,
                     plan.splits > 1,
                     plan.merges,
                     most > 128,

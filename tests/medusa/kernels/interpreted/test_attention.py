@@ -154,11 +154,15 @@ def test_plans_stay_within_their_scratch():
 def test_tiles_and_splits_follow_the_room_on_the_gpu():
     """By heads, key-value heads, sequences and nodes, on 132 processors: rows a tile, splits, merged in place."""
     expected = {
-        (32, 32, 1, 1): (16, 8, False),
-        (32, 32, 1, 32): (32, 8, False),
-        (32, 32, 1, 64): (32, 4, False),
+        (32, 32, 1, 1): (16, 7, False),
+        (32, 32, 2, 16): (16, 5, False),
+        (32, 32, 4, 1): (16, 3, True),
+        (32, 32, 8, 8): (16, 1, False),
+        (32, 32, 1, 32): (32, 3, True),
+        (32, 32, 1, 64): (32, 2, True),
         (32, 32, 4, 32): (32, 2, True),
-        (32, 8, 1, 1): (16, 16, False),
+        (32, 8, 1, 1): (16, 7, False),
+        (32, 8, 16, 4): (16, 2, True),
         (32, 8, 1, 8): (32, 16, False),
         (28, 4, 1, 4): (32, 32, False),
         (8, 1, 1, 4): (32, 64, False),

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 import medusa.kernels.matmul as kernels
-from medusa.kernels.tiles import Tiles, plan_gated_of, plan_of, plan_product, plan_quantized
+from medusa.kernels.tiles import LIBRARY_ROWS, Tiles, plan_gated_of, plan_of, plan_product, plan_quantized
 from medusa.quantization import DTYPES as DTYPES_OF
 from medusa.quantization import QuantizedWeight, linear, quantize
 
@@ -88,7 +88,7 @@ def test_every_product_with_a_quantised_weight_has_a_plan(rows, num_out):
     for may_split in (False, True):
         tiles = plan_of(rows, weight, may_split=may_split)
         assert tiles == plan_quantized(rows, num_out, 4096, may_split=may_split)
-        assert tiles.splits == 1 or (may_split and rows <= kernels.LIBRARY_ROWS)
+        assert tiles.splits == 1 or (may_split and rows <= LIBRARY_ROWS)
     assert (plan_gated_of(rows, weight) is None) == (rows > 16)
     plain_weight = torch.empty(num_out, 4096, device="meta")
     assert plan_of(rows, plain_weight, may_split=True) == plan_product(rows, num_out, 4096, may_split=True)
