@@ -1,4 +1,4 @@
-"""A small Llama, and its Medusa heads, in a larger shape that computes the same function.
+"""A small Llama, and its heads, in a larger shape that computes the same function.
 
 The result costs what a model of the large shape costs (weights, KV cache, arithmetic) and says what the small one
 says, so that speed at 7B to 33B can be measured on real text with real acceptance and no such weights at hand.
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from medusa.checkpoint import Checkpoint
-from medusa.heads import MedusaHeads
 from medusa.model import Backbone
 
 NOISE = 0.02
@@ -91,11 +90,11 @@ def inflate(small: Backbone, shape_name: str, *, dtype: torch.dtype, device: str
 def inflate_checkpoint(small: Checkpoint, big: Backbone) -> Checkpoint:
     """The heads with the same guesses on the hidden states of `big`, which was inflated from their backbone.
 
-    A residual block's dead outputs stay zero: they read no live channel and have no bias, and SiLU(0) is 0.
+    A block's dead outputs stay zero: they read no live channel and have no bias, and SiLU(0) is 0.
     """
     config = replace(small.config, hidden_size=big.hidden_size)
     with torch.device("meta"):
-        heads = MedusaHeads(config, _token_map(small))
+        heads = type(small.heads)(config, _token_map(small))
     heads = heads.to(big.dtype).to_empty(device=big.device)
     live = torch.arange(small.config.hidden_size, device=big.device)
     generator = _generator(big.device)
@@ -103,8 +102,9 @@ def inflate_checkpoint(small: Checkpoint, big: Backbone) -> Checkpoint:
         of_small = list(small.heads[k])
         for layer, block in enumerate(list(head)[: config.num_layers]):
             source = of_small[layer].linear
-            _widen(block.linear.weight, source.weight, live, live, generator)
-            block.linear.weight.data[len(live) :, : len(live)] = 0
+            columns, scale = _block_inputs(source, live, big.hidden_size)
+            _widen(block.linear.weight, source.weight * scale, live, columns, generator)
+            block.linear.weight.data[len(live) :, columns] = 0
             block.linear.bias.data.zero_()
             block.linear.bias.data[: len(live)] = source.bias.to(block.linear.bias)
         if config.vocabulary != "shared":
@@ -118,6 +118,16 @@ def inflate_checkpoint(small: Checkpoint, big: Backbone) -> Checkpoint:
     ref = replace(small.meta.backbone, name=big.name, weights_digest=big.digest)
     meta = replace(small.meta, heads=config, backbone=ref)
     return Checkpoint(heads.eval().requires_grad_(False), meta)
+
+
+def _block_inputs(source: nn.Linear, live: Tensor, large: int) -> tuple[Tensor, Tensor]:
+    """Where a block's inputs lie in the large one's, and what undoes their growth. A Hydra head also reads embeddings,
+    scaled to a root mean square of 1 over all channels, of which the dead ones are zero: sqrt(D/d) times as large."""
+    num_inputs = source.in_features // len(live)
+    columns = torch.cat([index * large + live for index in range(num_inputs)])
+    scale = torch.full((num_inputs, len(live)), math.sqrt(len(live) / large), device=source.weight.device)
+    scale[0] = 1  # the hidden state
+    return columns, scale.flatten()
 
 
 @torch.no_grad()

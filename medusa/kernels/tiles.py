@@ -41,12 +41,16 @@ def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> 
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
     if may_split and size >= 1024:
         if rows_x == 128:
-            return Tiles(128, 64, 128, splits=2, stages=3) if size < 8192 else Tiles(128, 64, 64, splits=4, stages=4)
+            return (
+                Tiles(128, 64, 128, splits=2, stages=3, warps=8)
+                if size < 8192
+                else Tiles(128, 64, 64, splits=4, stages=4)
+            )
         return Tiles(rows_x, 64, 128, splits=2, stages={16: 6, 32: 5, 64: 4}[rows_x])
     if num_out >= LIBRARY_COLUMNS:
         return Tiles(rows_x, 64, 128, stages=4 if rows_x <= 32 else 3)
     if rows_x == 16:
-        return Tiles(16, 128, 128, stages=4)
+        return Tiles(16, 128, 128, stages=4, warps=8)
     return Tiles(rows_x, 128, 64, stages=6, warps=rows_x // 8) if rows_x <= 64 else None
 
 

@@ -10,6 +10,8 @@ import torch
 from benchmarks.inflate import SHAPES, inflate, inflate_checkpoint, inflate_model
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
 from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta
+from medusa.heads import DraftHeads
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
@@ -27,7 +29,9 @@ def big(small: Backbone) -> Backbone:
     return inflate(small, "tiny-test", dtype=torch.float32, device="cpu")
 
 
-def random_heads(backbone: Backbone, vocabulary: str, num_layers: int = 1) -> Checkpoint:
+def random_heads(
+    backbone: Backbone, vocabulary: str, num_layers: int = 1, kind: type[DraftHeads] = MedusaHeads
+) -> Checkpoint:
     truncated = 100 if vocabulary == "truncated" else None
     config = HeadsConfig(
         hidden_size=backbone.hidden_size,
@@ -38,11 +42,11 @@ def random_heads(backbone: Backbone, vocabulary: str, num_layers: int = 1) -> Ch
         truncated_vocab_size=truncated,
     )
     torch.manual_seed(1)
-    heads = MedusaHeads(config, torch.randperm(backbone.vocab_size)[:truncated] if truncated else None)
+    heads = kind(config, torch.randperm(backbone.vocab_size)[:truncated] if truncated else None)
     for parameter in heads.parameters():
         parameter.data.normal_(0, 0.2)
     ref = BackboneRef(name=backbone.name, weights_digest=backbone.digest)
-    return Checkpoint(heads.eval().requires_grad_(False), CheckpointMeta(heads=config, backbone=ref))
+    return Checkpoint(heads.eval().requires_grad_(False), CheckpointMeta.of(heads, ref))
 
 
 def test_the_logits_are_the_small_models(small: Backbone, big: Backbone) -> None:
@@ -83,9 +87,29 @@ def test_the_heads_guess_the_same(small: Backbone, big: Backbone, vocabulary: st
     assert (weight[:, small.hidden_size :] == 0).float().mean() < 0.01  # noise, where it reads dead channels
 
 
-def test_an_engine_decodes_the_same_with_both(small: Backbone, big: Backbone, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_hydra_heads_guess_the_same(small: Backbone, big: Backbone, num_layers: int) -> None:
+    checkpoint = random_heads(small, "own", num_layers, HydraHeads)
+    inflated = inflate_checkpoint(checkpoint, big)
+    assert isinstance(inflated.heads, HydraHeads)
+    ids = torch.randint(6, small.vocab_size, (1, 60), generator=torch.Generator().manual_seed(5))
+    for head in range(3):
+        path = ids[0].unfold(0, head + 1, 1)
+        found = [
+            of.heads.guess_next(head, each.hidden_states(ids)[0, : len(path)], path, each.embed, each.lm_head_weight, 5)
+            for of, each in ((checkpoint, small), (inflated, big))
+        ]
+        assert torch.equal(found[1][0], found[0][0])
+        assert torch.allclose(found[1][1], found[0][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [MedusaHeads, HydraHeads])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_an_engine_decodes_the_same_with_both(
+    small: Backbone, big: Backbone, tiny_llama: Path, kind: type[DraftHeads], num_layers: int
+) -> None:
     tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
-    checkpoint = random_heads(small, "own")
+    checkpoint = random_heads(small, "own", num_layers, kind)
     replies = []
     for backbone, heads in ((small, checkpoint), (big, inflate_checkpoint(checkpoint, big))):
         engine = Engine(backbone, tokenizer, heads, max_batch_size=2, max_model_len=64, speculation="off")
