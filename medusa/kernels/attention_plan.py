@@ -70,7 +70,8 @@ class AttentionPlan:
         tiles = heads * triton.cdiv(packed, 16)
         if group > 1 and 0.75 * processors <= IN_PLACE * tiles <= IN_PLACE * processors:
             return cls._of_small_tiles(tiles, processors, max_nodes)
-        return cls._of_large_trees(heads * triton.cdiv(packed, 32), max_nodes, group, processors)
+        on_average = heads * triton.cdiv(triton.cdiv(num_nodes, batch_size) * group, 32)  # programs with nodes
+        return cls._of_large_trees(on_average, max_nodes, group, processors)
 
     @classmethod
     def _of_chains(cls, heads: int, packed: int, max_nodes: int, processors: int) -> AttentionPlan:
