@@ -73,7 +73,11 @@ def test_every_option_of_a_command_is_one(document):
         command = COMMANDS.get(words[0])
         if command is not None and words[1:]:
             command = getattr(command, "commands", {}).get(words[1], command)
-        known = {option for parameter in getattr(command, "params", ()) for option in parameter.opts}
+        known = {
+            option
+            for parameter in getattr(command, "params", ())
+            for option in (*parameter.opts, *parameter.secondary_opts)
+        }
         unknown += [f"{line}: {word}" for word in words if word.startswith("--") and word.split("=")[0] not in known]
     assert unknown == []
 
