@@ -111,16 +111,24 @@ def build_trainer(
     world_size: int = 1,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Trainer:
+    """`wrap` is for several workers."""
     dtype = None if job.dtype is None else getattr(torch, job.dtype)
-    backbone = Backbone.from_pretrained(job.backbone, dtype=dtype, device=device)
+    wrap = wrap if world_size > 1 else lambda module: module
+    backbone = Backbone.from_pretrained(job.backbone, dtype=dtype, device=loaded_on(job.config, device, wrap))
     config = job.config.heads.on(backbone.hidden_size, backbone.vocab_size)
     token_map = None if job.token_map is None else torch.tensor(job.token_map)
     heads = HEADS[job.config.heads.kind].initialised(config, backbone.lm_head_weight, token_map)
     if job.config.quantization is not None:
         quantise(backbone.model, job.config.quantization)
     rows, _ = read_rows(job.table, job.config.validation_fraction)
-    wrap = wrap if world_size > 1 else lambda module: module
-    return Trainer(backbone, heads, rows, job.config.trainer, rank=rank, world_size=world_size, wrap=wrap)
+    return Trainer(
+        backbone, heads, rows, job.config.trainer, rank=rank, world_size=world_size, wrap=wrap, device=device
+    )
+
+
+def loaded_on(config: TrainConfig, device: torch.device, wrap: Callable[[nn.Module], nn.Module]) -> torch.device:
+    """Main memory for a backbone that is sharded, as one that learns is: a worker's GPU may not hold all of it."""
+    return torch.device("cpu") if wrap is shard and config.trainer.joint is not None else device
 
 
 def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, leads: bool) -> TrainOutcome:

@@ -26,9 +26,11 @@ class AdaptationError(ValueError):
 
 
 class Adaptation(Protocol):
-    """A backbone whose weights, some or all, have become trainable. `backbone` is the student."""
+    """A backbone whose weights, some or all, have become trainable. `backbone` is the student, `base` the model as it
+    was where that is a copy of its own."""
 
     backbone: Backbone
+    base: nn.Module | None
 
     def student(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states [N, d] and the LM head's matrix [V, d], with gradient."""
@@ -73,6 +75,7 @@ class LoraAdaptation:
         head_name = next(name for name, module in backbone.model.named_modules() if module is head)
         targets = [name for name in names if name != head_name] + ([head_name] if joint.train_lm_head else [])
         self.backbone = backbone
+        self.base: nn.Module | None = None  # it is this model with its adapters switched off
         lora = LoraConfig(
             r=joint.rank, lora_alpha=joint.alpha, lora_dropout=joint.dropout, target_modules=targets, bias="none"
         )
@@ -128,8 +131,10 @@ class FullAdaptation:
         self.backbone = backbone
         self._base_dtype = backbone.dtype
         self._base: Backbone | None = None
+        self.base: nn.Module | None = None
         if joint.needs_base:
             self._base = Backbone(copy.deepcopy(backbone.model), name=backbone.name, digest="")
+            self.base = self._base.model.requires_grad_(False)
         backbone.model.requires_grad_(True).to(torch.promote_types(backbone.dtype, torch.float32))
 
     def student(self, batch: Batch) -> tuple[Tensor, Tensor]:

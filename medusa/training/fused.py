@@ -17,10 +17,13 @@ from medusa.training.batch import IGNORE
 from medusa.training.loss import CrossEntropy
 
 
-def choose_cross_entropy(name: Literal["auto", "chunked", "liger"], backbone: Backbone) -> CrossEntropy | None:
-    """liger's cross-entropy, or None for the project's own. ImportError where liger was asked for and is missing."""
+def choose_cross_entropy(
+    name: Literal["auto", "chunked", "liger"], backbone: Backbone, device: torch.device
+) -> CrossEntropy | None:
+    """liger's cross-entropy for losses on `device`, or None for the project's own. ImportError where liger was asked
+    for and is missing."""
     installed = find_spec("liger_kernel") is not None
-    if name == "chunked" or (name == "auto" and not (installed and backbone.device.type == "cuda")):
+    if name == "chunked" or (name == "auto" and not (installed and device.type == "cuda")):
         return None
     if not installed:
         raise ImportError("cross_entropy liger needs liger-kernel: pip install 'medusa-on-ray[fused]', or use chunked")

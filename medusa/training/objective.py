@@ -71,6 +71,7 @@ class JointObjective(nn.Module):
             raise ValueError("a joint objective needs a joint configuration")
         self.heads = heads
         self.model = adaptation.backbone.model
+        self.base = adaptation.base  # sharded with the student, where that is
         self._adaptation = adaptation
         self._config = config
         self._distils = config.joint.lm_loss == "distill"

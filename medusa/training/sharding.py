@@ -1,7 +1,8 @@
 """What does not fit one GPU: the objective sharded over the workers by FSDP2, its state in a distributed checkpoint.
 
 Each decoder layer is a shard group of its own, gathered when it runs; embeddings, LM head and heads are the root's,
-gathered once a step, since the losses multiply by their matrices directly. A state is written by all workers and read
+gathered once a step, since the losses multiply by their matrices directly. A module in main memory is moved group by
+group, so that a GPU never holds more than its shards and one group. A state is written by all workers and read
 by any number of them. torch's distributed checkpoints hold a pickled index (`.metadata`): read only your own.
 """
 

@@ -39,7 +39,8 @@ class Trainer:
     """Trains `heads` in place, and with a joint configuration the backbone too, on rows cut to `max_length`.
 
     `wrap` turns the objective into its distributed twin (DistributedDataParallel, FSDP), given with `rank` and
-    `world_size`; it must average gradients over workers, as both do.
+    `world_size`; it must average gradients over workers, as both do. `device` is where it leaves the weights, if
+    not where the backbone is: one that is sharded from main memory need not fit a GPU.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Trainer:
         rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+        device: torch.device | None = None,
     ) -> None:
         self.config = config
         self.backbone = backbone
@@ -63,13 +65,13 @@ class Trainer:
         self.heads = heads.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32)).train()
         self.step = 0
         self.tokens_seen = 0
-        self._device = backbone.device
+        self._device = device or backbone.device
         self._base_dtype = backbone.dtype
         self._half = backbone.dtype.itemsize == 2
         if config.packing:
             check_packing(backbone)
         self.adaptation: Adaptation | None = None if config.joint is None else adapt(backbone, config)
-        self.fused = choose_cross_entropy(config.cross_entropy, backbone)
+        self.fused = choose_cross_entropy(config.cross_entropy, backbone, self._device)
         self._loss = wrap(self._objective_module())
         model = None if self.adaptation is None else backbone.model
         self._optimiser = Optimiser(named_groups(heads, model, config), config)

@@ -14,6 +14,8 @@ import torch
 from medusa.model import Backbone
 from medusa.training.fused import choose_cross_entropy
 
+CPU = torch.device("cpu")
+
 COMPARE = """
 import torch
 from torch.nn.functional import cross_entropy
@@ -59,11 +61,13 @@ def test_liger_equals_all_logits_at_once_with_gradients():
 
 def test_a_cpu_takes_the_projects_own_whatever_is_installed(tiny_llama):
     backbone = Backbone.from_pretrained(tiny_llama, device="cpu")
-    assert choose_cross_entropy("auto", backbone) is None and choose_cross_entropy("chunked", backbone) is None
+    assert (
+        choose_cross_entropy("auto", backbone, CPU) is None and choose_cross_entropy("chunked", backbone, CPU) is None
+    )
 
 
 def test_liger_is_asked_for_by_name_and_missed_by_name(tiny_llama, monkeypatch):
     backbone = Backbone.from_pretrained(tiny_llama, device="cpu")
     monkeypatch.setattr("medusa.training.fused.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs liger-kernel: pip install 'medusa-on-ray\[fused\]'"):
-        choose_cross_entropy("liger", backbone)
+        choose_cross_entropy("liger", backbone, CPU)
