@@ -32,7 +32,7 @@ from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 from medusa.training.batch import IGNORE, Row
 from medusa.training.loss import head_weights
-from medusa.training.schedule import JointConfig, TrainerConfig
+from medusa.training.schedule import HeadsLossConfig, JointConfig, TrainerConfig
 from medusa.training.trainer import Trainer
 
 SHAPES = {
@@ -124,6 +124,7 @@ def measure(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
         activation_checkpointing=True,
         chunk_size=arguments.chunk,
         cross_entropy=arguments.cross_entropy,
+        loss=HeadsLossConfig(kind="tokens"),
         joint=joint,
     )
     rows = random_rows((arguments.steps + WARMUP) * arguments.rows, arguments.length, backbone.vocab_size)

@@ -25,7 +25,7 @@ from benchmarks.scaling.points import CutShort, Deadline, Point
 from benchmarks.train_speed import random_rows, synchronise
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
-from medusa.training.schedule import JointConfig, TrainerConfig
+from medusa.training.schedule import HeadsLossConfig, JointConfig, TrainerConfig
 from medusa.training.sharding import shard
 from medusa.training.trainer import Trainer
 from pipelines.train_worker import distributed
@@ -96,6 +96,7 @@ def _job(config: ScaleConfig, sharding: Sharding, workers: int, joint: bool, sec
         max_steps=WARM_UP + config.repeats * config.steps,
         packing=True,
         activation_checkpointing=True,
+        loss=HeadsLossConfig(kind="tokens"),
         joint=JointConfig(method=config.joint_method) if joint else None,  # type: ignore[arg-type]
     )
     return Job(

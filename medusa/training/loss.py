@@ -22,6 +22,8 @@ from medusa.training.schedule import HeadsLossConfig
 
 CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]  # features, weight, targets -> loss, top-1 and top-5 hits
 
+TOKENS = HeadsLossConfig(kind="tokens")  # the one that asks for no teacher
+
 
 @dataclass(frozen=True, slots=True)
 class HeadTotals:
@@ -95,7 +97,7 @@ def head_targets(heads: DraftHeads, labels_NK: Tensor) -> Tensor:
     return column_V[labels_NK.clamp_min(0)].masked_fill(labels_NK == IGNORE, IGNORE)
 
 
-def count_covered(heads: DraftHeads, labels_NK: Tensor, config: HeadsLossConfig = HeadsLossConfig()) -> Tensor:  # noqa: B008
+def count_covered(heads: DraftHeads, labels_NK: Tensor, config: HeadsLossConfig = TOKENS) -> Tensor:
     """Labels that carry loss, [K]: the normaliser, known before any forward."""
     targets_NK = head_targets(heads, labels_NK) if config.kind == "tokens" else labels_NK
     return (targets_NK != IGNORE).sum(0)
@@ -110,7 +112,7 @@ def heads_loss(
     *,
     ahead_NKd: Tensor | None = None,
     teacher: Teacher | None = None,
-    config: HeadsLossConfig = HeadsLossConfig(),  # noqa: B008
+    config: HeadsLossConfig = TOKENS,
     cross_entropy: CrossEntropy | None = None,
     chunk_size: int = 1024,
 ) -> HeadTotals:

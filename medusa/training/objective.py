@@ -113,7 +113,7 @@ def _heads_sums(
     config: TrainerConfig,
     cross_entropy: CrossEntropy | None,
 ) -> Tensor:
-    soft = config.loss.kind != "tokens"
+    soft = config.heads_loss.kind != "tokens"
     return heads_loss(
         heads,
         hidden_Nd,
@@ -122,7 +122,7 @@ def _heads_sums(
         backbone.cap,
         ahead_NKd=embed_path(backbone.embed, batch.ahead_NK) if heads.sees_path else None,
         teacher=Teacher(hidden_Nd.detach(), weight_Vd.detach(), backbone.cap) if soft else None,
-        config=config.loss,
+        config=config.heads_loss,
         cross_entropy=cross_entropy,
         chunk_size=config.chunk_size,
     ).values_MK

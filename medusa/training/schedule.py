@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from medusa.config import strict
@@ -21,7 +21,7 @@ class HeadsLossConfig:
     into the other two.
     """
 
-    kind: Literal["tokens", "soft", "lk"] = "tokens"
+    kind: Literal["tokens", "soft", "lk"] = "soft"
     teacher_temperature: float = 1.0
     lk_eta: float = 3.0
     tokens_share: float = 0.0
@@ -88,7 +88,7 @@ class TrainerConfig:
     `head_lr_scales` multiplies it head by head. `packing` puts a forward's rows behind each other in one line,
     without padding. `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
     `cross_entropy`: "chunked" is the project's own; "liger" its fused kernels (GPU only); "auto" takes liger on a GPU
-    where it is installed. `joint` null: the backbone stays frozen (Medusa-1).
+    where it is installed. `joint` null: the backbone stays frozen. `loss` null: `heads_loss` tells what is taken.
     """
 
     epochs: int = 2
@@ -109,7 +109,7 @@ class TrainerConfig:
     head_decay: float = 0.8
     head_lr_scales: tuple[float, ...] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    loss: HeadsLossConfig = field(default_factory=HeadsLossConfig)
+    loss: HeadsLossConfig | None = None
     joint: JointConfig | None = None
     packing: bool = False
     activation_checkpointing: bool = False
@@ -146,6 +146,15 @@ class TrainerConfig:
             "0 in joint training without a teacher: hidden states change",
             self.hidden_cache_gib,
         )
+
+    @property
+    def heads_loss(self) -> HeadsLossConfig:
+        """The loss that was chosen. Without a choice: soft targets from a frozen backbone, which gave more tokens a
+        step (docs/results.md, "Training recipes on chat-28m"); tokens in joint training, as in the paper, since the
+        distribution there is that of a model that moves."""
+        if self.loss is not None:
+            return self.loss
+        return HeadsLossConfig(kind="soft" if self.joint is None else "tokens")
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.max_steps if self.max_steps is not None else self.epochs * steps_per_epoch

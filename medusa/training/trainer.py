@@ -277,7 +277,7 @@ class Trainer:
 
     def _counts(self, batch: Batch) -> Tensor:
         """What the sums are divided by: labels of each head, then of the language model."""
-        covered_K = count_covered(self.heads, batch.labels_NK, self.config.loss)
+        covered_K = count_covered(self.heads, batch.labels_NK, self.config.heads_loss)
         return torch.cat([covered_K, covered_K.new_tensor([len(batch.next_N)])])
 
     def _backward(self, batch: Batch, counts: Tensor, weight: float) -> Totals:

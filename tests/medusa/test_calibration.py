@@ -15,7 +15,7 @@ from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.training.batch import Row
-from medusa.training.schedule import TrainerConfig
+from medusa.training.schedule import HeadsLossConfig, TrainerConfig
 from medusa.training.trainer import Trainer
 from medusa.tree import grow
 
@@ -137,7 +137,14 @@ def checkpoint(plain_replies, backbone):
     config = HeadsConfig(num_heads=NUM_HEADS, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     rows = [Row.of(c.prompt_token_ids, c.token_ids) for c in completions]
     settings = TrainerConfig(
-        batch_size=6, max_length=96, lr=2e-2, max_steps=12, warmup_steps=2, epochs=12, bucket_batches=1
+        batch_size=6,
+        max_length=96,
+        lr=2e-2,
+        max_steps=12,
+        warmup_steps=2,
+        epochs=12,
+        bucket_batches=1,
+        loss=HeadsLossConfig(kind="tokens"),
     )
     trainer = Trainer(backbone, MedusaHeads.initialised(config, backbone.lm_head_weight), rows, settings)
     while not trainer.finished:

@@ -148,7 +148,7 @@ def test_engine_gives_the_tokens_of_plain_decoding(backbone, tiny_llama, tempera
 def test_offline_walk_equals_the_engine_step_by_step(backbone, tiny_llama):
     """Heads trained for a few steps, so that some drafts are kept."""
     from medusa.training.batch import Row
-    from medusa.training.schedule import TrainerConfig
+    from medusa.training.schedule import HeadsLossConfig, TrainerConfig
     from medusa.training.trainer import Trainer
 
     tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
@@ -157,7 +157,8 @@ def test_offline_walk_equals_the_engine_step_by_step(backbone, tiny_llama):
     plain = Engine(backbone, tokenizer, max_batch_size=6, max_model_len=128).generate(prompts, params)
     replies = [(prompt, completion.token_ids) for prompt, completion in zip(prompts, plain, strict=True)]
     heads = make_heads(backbone, spread=0.0).requires_grad_(True)
-    config = TrainerConfig(max_steps=40, batch_size=6, lr=1e-2, warmup_steps=2, grad_clip=None)
+    tokens = HeadsLossConfig(kind="tokens")
+    config = TrainerConfig(max_steps=40, batch_size=6, lr=1e-2, warmup_steps=2, grad_clip=None, loss=tokens)
     trainer = Trainer(backbone, heads, [Row.of(*reply) for reply in replies], config)
     while not trainer.finished:
         record = trainer.take_record(trainer.train_step(trainer.next_batches()))

@@ -144,7 +144,7 @@ def test_backbone_learns_at_a_quarter_of_the_heads_rate_biases_too(tiny_llama):
 def test_first_stage_is_medusa_1_and_the_second_starts_its_own_schedule(tiny_llama):
     joint = JointConfig(rank=4, dropout=0.0, heads_only_ratio=0.5)
     trainer = make_trainer(tiny_llama, joint)
-    alone = make_trainer(tiny_llama, None, max_steps=4)
+    alone = make_trainer(tiny_llama, None, max_steps=4, loss=HeadsLossConfig(kind="tokens"))
     assert trainer.total_steps == 8
     first, medusa_1 = run(trainer, 4), run(alone)
     for name in ("head_0/loss", "head_1/loss", "learning_rate"):
@@ -272,6 +272,23 @@ def test_a_remembered_teacher_changes_no_numbers(tiny_llama, method, packing):
     remembered = run(trainer)
     for one, other in zip(remembered, asked, strict=True):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_heads_learn_soft_targets_of_a_frozen_backbone_and_tokens_beside_one_that_learns():
+    assert TrainerConfig().heads_loss == HeadsLossConfig(kind="soft")
+    assert TrainerConfig(joint=JointConfig()).heads_loss == HeadsLossConfig(kind="tokens")
+    for joint in (None, JointConfig()):
+        for chosen in (HeadsLossConfig(kind="tokens"), HeadsLossConfig(kind="soft"), HeadsLossConfig(kind="lk")):
+            assert TrainerConfig(joint=joint, loss=chosen).heads_loss == chosen
+
+
+@pytest.mark.parametrize("joint", [None, NO_DROPOUT])
+def test_the_loss_of_no_choice_is_the_one_that_is_trained(tiny_llama, joint):
+    named = HeadsLossConfig(kind="soft" if joint is None else "tokens")
+    other = HeadsLossConfig(kind="tokens" if joint is None else "soft")
+    unnamed = losses(make_trainer(tiny_llama, joint, max_steps=2))
+    assert unnamed == losses(make_trainer(tiny_llama, joint, max_steps=2, loss=named))
+    assert unnamed != pytest.approx(losses(make_trainer(tiny_llama, joint, max_steps=2, loss=other)), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", ["soft", "lk"])

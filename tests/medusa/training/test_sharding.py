@@ -13,12 +13,13 @@ import torch.multiprocessing as mp
 from medusa.heads import HeadsConfig
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
-from medusa.training.schedule import JointConfig, TrainerConfig
+from medusa.training.schedule import HeadsLossConfig, JointConfig, TrainerConfig
 from medusa.training.sharding import shard
 from medusa.training.trainer import Trainer
 from tests.medusa.training.test_joint import FAST, make_rows
 
 JOINTS = {
+    "heads": None,
     "lora": JointConfig(rank=4, dropout=0.0, heads_weight=1.0, heads_only_ratio=0.25),
     "full": JointConfig(method="full", heads_weight=1.0),
 }
@@ -28,7 +29,8 @@ def make_trainer(folder, joint, **distributed):
     backbone = Backbone.from_pretrained(folder, device="cpu")
     config = HeadsConfig(num_heads=2, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = HydraHeads.initialised(config, backbone.lm_head_weight)
-    numbers = TrainerConfig(**FAST, joint=joint, activation_checkpointing=True)
+    soft = HeadsLossConfig(kind="soft")
+    numbers = TrainerConfig(**FAST, loss=soft, joint=joint, activation_checkpointing=True)
     return Trainer(backbone, heads, make_rows(25), numbers, **distributed)
 
 
@@ -60,7 +62,7 @@ def worker(rank: int, world_size: int, folder: Path, name: str, port: int, work:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["heads", "lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_two_sharded_workers_resumed_give_the_losses_of_one_process(tiny_llama, tmp_path, name):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -18,7 +18,7 @@ from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
 from medusa.training.batch import Row
 from medusa.training.hidden import HiddenCacheError
-from medusa.training.schedule import TrainerConfig, learning_rate
+from medusa.training.schedule import HeadsLossConfig, TrainerConfig, learning_rate
 from medusa.training.totals import NonFiniteLossError
 from medusa.training.trainer import Trainer
 
@@ -64,7 +64,15 @@ def test_overfitting_one_batch_drives_every_head_to_near_perfect_accuracy(backbo
     rows = make_rows(4)
     steps = 120 if heads_changes else 40
     trainer = make_trainer(
-        backbone, rows, heads_changes, max_steps=steps, batch_size=4, lr=2e-2, warmup_steps=2, grad_clip=None
+        backbone,
+        rows,
+        heads_changes,
+        max_steps=steps,
+        batch_size=4,
+        lr=2e-2,
+        warmup_steps=2,
+        grad_clip=None,
+        loss=HeadsLossConfig(kind="tokens"),  # of random rows, which the model itself would never say
     )
     while not trainer.finished:
         record = trainer.take_record(trainer.train_step(trainer.next_batches()))
