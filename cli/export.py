@@ -26,6 +26,8 @@ def export(
 ) -> None:
     """Writes a checkpoint in the layout of vLLM, TGI or the Medusa reference, or merged as one Transformers model.
 
+    Other programs read Medusa heads only (train.heads.kind=medusa), not Hydra's, which are trained by default.
+
     Example: `medusa export runs/demo/calibrate/KEY/checkpoint --format vllm`
     """
     if format not in READERS:

@@ -52,7 +52,7 @@ def export_checkpoint(directory: Path, format: Format, output: Path, backbone: s
     if kind != HEAD_KIND and format != "transformers":
         raise ExportError(
             f"{directory} holds {kind} heads, which depend on each other's guesses; {format} reads Medusa heads only. "
-            "Serve them with `medusa serve`, or train Medusa heads"
+            "Serve them with `medusa serve`, or train Medusa's: train.heads.kind=medusa"
         )
     checkpoint = load_checkpoint(directory)
     if format == "transformers":
