@@ -17,6 +17,7 @@ def recipe_of(config: PipelineConfig, shape: ModelShape) -> Recipe:
         sharding=config.train.sharding,
         heads=config.train.heads.on(shape.hidden_size, shape.vocab_size),
         kind=config.train.heads.kind,
+        loss=trainer.heads_loss.kind,
         method="heads" if joint is None else joint.method,
         rank=0 if joint is None else joint.rank,
         distils=joint is not None and joint.lm_loss == "distill",

@@ -214,7 +214,8 @@ def _recipes(shape: ModelShape, question: Question) -> Iterator[tuple[str, Metho
 
 
 def _speed(machine: Machine, method: Method, recipe: Recipe, reply_share: float) -> Figure:
-    return train_speed(machine, method, flops_per_token(machine.shape, recipe, reply_share)[1])
+    flops = flops_per_token(machine.shape, recipe, reply_share)[1]
+    return train_speed(machine, method, flops, flops)
 
 
 def _network(figures: Figures, question: Question) -> Network:

@@ -70,17 +70,20 @@ def prefill(machine: Machine, tokens: int) -> Figure:
     return Figure(2 * machine.shape.layer_parameters * tokens / rate, "estimate", "flops at an assumed share")
 
 
-def train_speed(machine: Machine, method: Method, flops_per_token: float) -> Figure:
-    """Tokens a second of one GPU."""
+def train_speed(machine: Machine, method: Method, flops_per_token: float, measured_flops: float) -> Figure:
+    """Tokens a second of one GPU. `measured_flops` are those of the recipe as it was measured: where this one takes
+    more, a measurement is scaled."""
     rate = machine.gpu.bf16_tflops * TERA
     for name in machine.figures.similar(machine.model, machine.shape.parameters):
         for row in machine.figures.measured.train:
             if (row.gpu, row.model, row.method) != (machine.gpu_name, name, method):
                 continue
-            if name == machine.model:
+            if name == machine.model and flops_per_token == measured_flops:
                 return Figure(row.tokens_per_second, "measured", row.source)
             ratio = machine.figures.models[name].parameters / machine.shape.parameters
-            return Figure(row.tokens_per_second * ratio, "derived", f"as {name} ({row.source}), by parameters")
+            speed = row.tokens_per_second * ratio * measured_flops / flops_per_token
+            scaled = "parameters" if flops_per_token == measured_flops else "parameters and what the heads learn"
+            return Figure(speed, "derived", f"as {name} ({row.source}), by {scaled}")
     share = machine.figures.assumptions.train_compute_share[method]
     return Figure(rate * share / flops_per_token, "estimate", f"flops a token at {share:.0%} of the data sheet's rate")
 

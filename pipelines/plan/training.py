@@ -7,7 +7,8 @@ not fit is spread over them, weights and optimiser (FSDP), in the smallest power
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
@@ -20,18 +21,23 @@ FP32 = 4
 MAX_GPUS = 64
 WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5625}  # 4 bits with a scale of 16 bits for each 32 weights
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
+# Of a chunk's logits in float32, what stands at once (counted by tests/pipelines/plan/test_plan_training.py).
+LOGITS_AT_ONCE = {"tokens": 4.25, "soft": 6.25, "lk": 7.75}
+TEACHER_AT_ONCE = 2.5  # of the backbone's, until they are cut to the heads' vocabulary
 NOT_SPREAD = ("activations of the backbone", "activations of the heads", "logits, one chunk", "runtime")  # by FSDP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What decides the cost of training. `method` "heads" is Medusa-1; "lora" and "full" train the backbone too.
+    """What decides the cost of training. `method` "heads" trains the heads alone; "lora" and "full" the backbone too.
 
-    `heads_only_ratio` of the steps train the heads alone. `distils` is the KL term against the model as it was.
+    `loss` is what the heads learn from: all but "tokens" ask the backbone for its distribution. `heads_only_ratio` of
+    the steps train the heads alone. `distils` is the KL term against the model as it was.
     """
 
     heads: HeadsConfig
     kind: str = "medusa"
+    loss: Literal["tokens", "soft", "lk"] = "tokens"
     method: Method = "heads"
     weight_bits: int = 16
     sharding: str = "ddp"
@@ -141,7 +147,6 @@ def memory_items(shape: ModelShape, recipe: Recipe, runtime_gb: float) -> dict[s
     heads = HeadsCost.of(recipe.heads, recipe.kind).parameters
     learning = FP32 + MOMENT_BYTES[recipe.optimizer]  # gradient and moments of a parameter, beside its own weight
     vocabulary = shape.parameters - shape.layer_parameters  # embeddings and LM head are not quantised
-    widest = recipe.heads.head_vocab_size if recipe.method == "heads" else shape.vocab_size  # the LM head learns too
     frozen = shape.layer_parameters * WEIGHT_BYTES[recipe.weight_bits] + vocabulary * BF16
     items = {
         "backbone": shape.parameters * FP32 if recipe.method == "full" else frozen,
@@ -158,10 +163,21 @@ def memory_items(shape: ModelShape, recipe: Recipe, runtime_gb: float) -> dict[s
     items |= {
         "activations of the backbone": activation_bytes(shape, recipe, tokens),
         "activations of the heads": tokens * shape.hidden_size * FP32 * (2 * recipe.heads.num_heads + 2),
-        "logits, one chunk": recipe.chunk_size * widest * FP32 * 3,
+        "logits, one chunk": recipe.chunk_size * FP32 * columns_at_once(shape, recipe),
         "runtime": runtime_gb * 1e9,
     }
     return {name: size / GIB for name, size in items.items()}
+
+
+def columns_at_once(shape: ModelShape, recipe: Recipe) -> float:
+    """Of a row of logits, at the peak of a chunk: a head's, or in joint training the language model's."""
+    own = recipe.heads.head_vocab_size
+    of_head = LOGITS_AT_ONCE[recipe.loss] * own
+    if recipe.loss != "tokens":
+        of_head = max(of_head, TEACHER_AT_ONCE * shape.vocab_size + 2 * own)
+    if recipe.method == "heads":
+        return of_head
+    return max(of_head, LOGITS_AT_ONCE["soft" if recipe.distils else "tokens"] * shape.vocab_size)
 
 
 def activation_bytes(shape: ModelShape, recipe: Recipe, tokens: int) -> float:
@@ -184,7 +200,7 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, reply_share: float) -> tu
     blocks = 6.0 * block_parameters(heads, recipe.kind)
     passes = 4.0 if heads.vocabulary == "shared" else 6.0  # a frozen matrix has no gradient of its own
     matrices = passes * heads.num_heads * heads.head_vocab_size * heads.hidden_size * reply_share
-    alone = backbone + blocks + matrices
+    alone = backbone + blocks + matrices + _teacher_flops(shape, recipe, reply_share)
     if recipe.method == "heads":
         return alone, alone
     backward = backbone * (1.0 if recipe.method == "lora" else 2.0)
@@ -195,14 +211,25 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, reply_share: float) -> tu
     return alone, joint
 
 
+def _teacher_flops(shape: ModelShape, recipe: Recipe, reply_share: float) -> float:
+    """The backbone's distribution for the heads: once where a chunk holds all rows of a forward, else for each head."""
+    if recipe.loss == "tokens":
+        return 0.0
+    one_chunk = recipe.micro_batch * recipe.max_length * reply_share <= recipe.chunk_size
+    return 2.0 * shape.vocabulary_parameters * reply_share * (1 if one_chunk else recipe.heads.num_heads)
+
+
 def _train_hours(machine: Machine, recipe: Recipe, data: Data, count: int) -> Figure:
-    alone, joint = flops_per_token(machine.shape, recipe, data.reply_tokens / (data.prompt_tokens + data.reply_tokens))
+    reply_share = data.reply_tokens / (data.prompt_tokens + data.reply_tokens)
+    alone, joint = flops_per_token(machine.shape, recipe, reply_share)
+    # training was measured with Medusa's heads on tokens
+    measured = flops_per_token(machine.shape, replace(recipe, kind="medusa", loss="tokens"), reply_share)
     tokens = data.tokens * recipe.epochs / count
     first = tokens * (recipe.heads_only_ratio if recipe.method != "heads" else 1.0)
-    speeds = [train_speed(machine, "heads", alone)] if first else []
+    speeds = [train_speed(machine, "heads", alone, measured[0])] if first else []
     seconds = first / speeds[0].value if first else 0.0
     if recipe.method != "heads":
-        speeds.append(train_speed(machine, recipe.method, joint))
+        speeds.append(train_speed(machine, recipe.method, joint, measured[1]))
         seconds += (tokens - first) / speeds[-1].value
     return Figure(seconds / 3600, weakest(*speeds), "; ".join(speed.how for speed in speeds))
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
+from medusa.training.loss import Teacher, heads_loss
+from medusa.training.schedule import HeadsLossConfig
 from pipelines.plan.figures import FIGURES, Figure, TrainRow, load_figures, weakest
 from pipelines.plan.shapes import HeadsCost, ModelShape, model_shape
-from pipelines.plan.training import Data, Recipe, memory_items, plan_training
+from pipelines.plan.training import Data, Recipe, flops_per_token, memory_items, plan_training
 
 ROOT = Path(__file__).resolve().parents[3]
 FIGURES_READ = load_figures()
@@ -109,6 +114,57 @@ def test_a_measurement_is_used_and_named():
     assert plan(figures=figures, model="lmsys/vicuna-33b-v1.3").train_hours.basis == "estimate"  # 4.8 times as large
     assert plan(figures=figures, gpu="h100-80gb").train_hours.basis == "estimate"
     assert plan(Recipe(heads=HEADS, method="lora"), figures=figures).train_hours.basis == "estimate"
+
+
+def test_a_measurement_of_medusa_heads_on_tokens_is_scaled_for_others():
+    measured = plan(gpu="h200-141gb").train_hours
+    assert measured.basis == "measured"
+    for changes in ({"loss": "soft"}, {"kind": "hydra"}, {"kind": "hydra", "loss": "soft"}):
+        others = plan(Recipe(heads=HEADS, **changes), gpu="h200-141gb").train_hours
+        assert others.basis == "derived" and others.value > measured.value
+    recipe = Recipe(heads=HEADS, loss="soft", micro_batch=4)
+    asked, told = (flops_per_token(SHAPE, r, 0.8)[0] for r in (recipe, replace(recipe, loss="tokens")))
+    assert asked - told == pytest.approx(5 * 2 * 4096 * 32000 * 0.8)  # the teacher anew for each of five heads
+    one_chunk = replace(recipe, chunk_size=8192)
+    assert flops_per_token(SHAPE, one_chunk, 0.8)[0] - told == pytest.approx(2 * 4096 * 32000 * 0.8)
+
+
+class LiveTensors(TorchDispatchMode):
+    """The most bytes that tensors of a MiB or more held at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(found):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage.nbytes() >= 2**20 and storage._cdata not in self.live:
+                self.live[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.live.pop, storage._cdata, None)
+                self.peak = max(self.peak, sum(self.live.values()))
+        return found
+
+
+@pytest.mark.parametrize("kept", [None, 5_000])
+@pytest.mark.parametrize("kind", ["tokens", "soft", "lk"])
+def test_a_chunk_of_logits_takes_what_is_planned(kind, kept):
+    rows, vocab, size = 64, 20_000, 8
+    truncated = {"vocabulary": "truncated", "truncated_vocab_size": kept} if kept else {}
+    config = HeadsConfig(hidden_size=size, vocab_size=vocab, num_heads=2, **truncated)
+    weight_Vd = torch.randn(vocab, size, dtype=torch.bfloat16)
+    heads = MedusaHeads.initialised(config, weight_Vd, torch.arange(kept) if kept else None).to(torch.bfloat16)
+    hidden_Nd = torch.randn(rows, size, dtype=torch.bfloat16)
+    labels_NK = torch.randint(0, vocab, (rows, 2))
+    teacher = Teacher(hidden_Nd, weight_Vd, lambda logits: logits)
+    with LiveTensors() as tensors:
+        heads_loss(
+            heads, hidden_Nd, labels_NK, weight_Vd, teacher.cap, teacher=teacher, config=HeadsLossConfig(kind=kind)
+        )
+    shape = replace(SHAPE, hidden_size=size, vocab_size=vocab)
+    planned = memory_items(shape, Recipe(heads=config, loss=kind, chunk_size=rows), 0)["logits, one chunk"] * 2**30
+    assert 0.9 * planned < tensors.peak <= 1.01 * planned  # two rows more of the teacher's
 
 
 def test_a_result_is_as_good_as_its_worst_figure():
