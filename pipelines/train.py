@@ -1,4 +1,4 @@
-"""The train step: Medusa heads on the model's own replies, by Ray Train workers, resumed where it stopped.
+"""The train step: draft heads on the model's own replies, by Ray Train workers, resumed where it stopped.
 
     <step dir>/checkpoint/     the heads (medusa/checkpoint.py), with the adapter where the backbone learnt by LoRA
     <step dir>/backbone/       Medusa-2: the model that the heads run on, merged; the later steps use it
@@ -78,10 +78,13 @@ class TrainError(RuntimeError):
 @strict
 @dataclass(frozen=True, kw_only=True)
 class HeadsChoice:
-    """The heads to train; their sizes come from the backbone. `kind` "hydra": heads that see the tokens guessed before
-    them (medusa/hydra.py)."""
+    """The heads to train; their sizes come from the backbone.
 
-    kind: Literal["medusa", "hydra"] = "medusa"
+    `kind` "hydra": heads that see the tokens guessed before them (medusa/hydra.py), which gave most tokens a step
+    (docs/results.md, "Training recipes on chat-28m"). "medusa": the paper's, the only ones that other engines load.
+    """
+
+    kind: Literal["medusa", "hydra"] = "hydra"
     num_heads: int = 4
     num_layers: int = 1
     vocabulary: Vocabulary = "own"
@@ -139,9 +142,15 @@ class TrainConfig:
             )
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """Every value, with the loss that is taken where none was chosen: a default may change, a record may not."""
+        values = to_dict(self)
+        return values | {"trainer": values["trainer"] | {"loss": to_dict(self.trainer.heads_loss)}}
+
+    @property
     def meaning(self) -> dict[str, Any]:
         """What decides the result, beyond rounding."""
-        values = {name: value for name, value in to_dict(self).items() if name not in _NOT_IN_KEY}
+        values = {name: value for name, value in self.recipe.items() if name not in _NOT_IN_KEY}
         trainer = {name: value for name, value in values["trainer"].items() if name not in _NOT_IN_TRAINER_KEY}
         return values | {"trainer": trainer}
 
@@ -169,7 +178,7 @@ def train(
     ):
         if step.complete:
             return step.output
-        log.log_params(to_dict(config))
+        log.log_params(config.recipe)
         log.log_dataset("distilled", distilled.digest, str(distilled.path))
         rows, counts = _fitted_rows(distilled.path / DATA, config)
         tokenizer = ChatTokenizer.from_pretrained(directory)
@@ -274,7 +283,7 @@ def _provenance(context: RunContext, config: TrainConfig, distilled: StepOutput,
         mlflow_run = ""
     return {
         "data_digest": distilled.digest,
-        "recipe": to_dict(config),
+        "recipe": config.recipe,
         "code_version": STEP_VERSION,
         "mlflow_run": mlflow_run,
     }

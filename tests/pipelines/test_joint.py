@@ -1,4 +1,4 @@
-"""Medusa-2 and Hydra through the train step: what it writes, that the pair belongs together, and its quality."""
+"""Medusa-2 and each kind of heads through the train step: what it writes, that it belongs together, its quality."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from medusa import Engine, SamplingParams
 from medusa.adapter import AdapterError, load_with_adapter, write_merged
 from medusa.checkpoint import CheckpointError, CheckpointMismatchError, load_checkpoint, read_meta
 from medusa.config import ConfigError, validate
+from medusa.heads import MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.training.schedule import JointConfig
@@ -108,6 +109,11 @@ def test_merging_into_a_model_of_other_layers_is_refused(
         write_merged(other, trained.path / "checkpoint" / "adapter", tmp_path / "merged")
 
 
+def test_the_heads_of_a_joint_training_learn_from_tokens(trained: StepOutput) -> None:
+    recipe = read_meta(trained.path / "checkpoint").training["recipe"]
+    assert recipe["trainer"]["loss"]["kind"] == "tokens" and recipe["trainer"]["joint"]["rank"] == 4
+
+
 def test_records_tell_both_terms_and_validation(trained: StepOutput) -> None:
     records = read_records(trained.path / "metrics.jsonl")
     assert ["lm/loss" in record for record in records] == [False] * 3 + [True] * 7
@@ -148,11 +154,12 @@ def test_full_fine_tuning_writes_a_model_of_its_own(tiny_llama: Path, tmp_path: 
     load_checkpoint(output.path / "checkpoint", backbone)
 
 
-def test_hydra_heads_are_trained_by_their_kind(tiny_llama: Path, tmp_path: Path) -> None:
-    config = replace(CONFIG, heads=HeadsChoice(kind="hydra", num_heads=2), trainer=replace(CONFIG.trainer, max_steps=2))
+@pytest.mark.parametrize(("kind", "made", "schema"), [("hydra", HydraHeads, 2), ("medusa", MedusaHeads, 1)])
+def test_heads_are_trained_by_their_kind(tiny_llama: Path, tmp_path: Path, kind: str, made: type, schema: int) -> None:
+    config = replace(CONFIG, heads=HeadsChoice(kind=kind, num_heads=2), trainer=replace(CONFIG.trainer, max_steps=2))
     output = run(tmp_path, tiny_llama, config)
     loaded = load_checkpoint(output.path / "checkpoint", Backbone.from_pretrained(tiny_llama, device="cpu"))
-    assert isinstance(loaded.heads, HydraHeads) and loaded.meta.schema_version == 2
+    assert isinstance(loaded.heads, made) and loaded.meta.schema_version == schema
     assert not (output.path / "backbone").exists()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pipelines.plan.figures import load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.training import Data, plan_training
 from pipelines.run import PipelineConfig, load_pipeline, run_pipeline
+from pipelines.train import HeadsChoice
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "pipelines" / "configs"
@@ -90,6 +92,22 @@ def test_a_recipe_gives_calibrated_heads(name: str, tmp_path: Path, make_backbon
         merged = export_checkpoint(folder, "transformers", tmp_path / "merged", config.model.backbone)
         assert weights_digest(merged.path) == meta.backbone.weights_digest
         assert read_meta(merged.path / "medusa").calibration == meta.calibration
+
+
+@pytest.mark.parametrize("name", ["vicuna-7b", "vicuna-13b", "vicuna-33b", "zephyr-7b"])
+def test_a_recipe_with_the_papers_numbers_trains_the_papers_heads(name: str) -> None:
+    path = CONFIGS / f"{name}.yaml"
+    for train in (load_pipeline(path).train, load_pipeline(path, ["train.trainer.joint=null"]).train):
+        assert (train.heads.kind, train.trainer.heads_loss.kind) == ("medusa", "tokens")
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen3-8b"])
+def test_a_recipe_of_today_trains_what_the_defaults_are(name: str) -> None:
+    config = load_pipeline(CONFIGS / f"{name}.yaml").train
+    unnamed = replace(
+        config, heads=replace(config.heads, kind=HeadsChoice().kind), trainer=replace(config.trainer, loss=None)
+    )
+    assert unnamed.recipe == config.recipe
 
 
 def test_large_vocabularies_get_no_matrix_a_head() -> None:

@@ -21,9 +21,10 @@ from rich.console import Console
 
 from medusa.checkpoint import load_checkpoint
 from medusa.config import ConfigError, validate
+from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.training.batch import Row
-from medusa.training.schedule import TrainerConfig
+from medusa.training.schedule import HeadsLossConfig, JointConfig, TrainerConfig
 from pipelines.artifact import StepOutput, open_step
 from pipelines.distilled import SCHEMA
 from pipelines.run import ModelConfig, RunContext
@@ -160,6 +161,25 @@ def test_another_recipe_is_another_step_but_more_workers_are_not(undisturbed: St
     assert slower.meaning != CONFIG.meaning
 
 
+def test_what_no_configuration_names_is_hydra_with_soft_targets(undisturbed: StepOutput, tiny_llama: Path) -> None:
+    loaded = load_checkpoint(undisturbed.path / "checkpoint", Backbone.from_pretrained(tiny_llama, device="cpu"))
+    assert isinstance(loaded.heads, HydraHeads) and loaded.meta.head_kind == "hydra"
+    recipe = loaded.meta.training["recipe"]
+    assert recipe["heads"]["kind"] == "hydra" and recipe["trainer"]["loss"]["kind"] == "soft"
+    again = validate(TrainConfig, recipe, source="test")
+    assert again.meaning == CONFIG.meaning  # what is recorded says the same when defaults have changed
+
+
+def test_the_step_is_keyed_by_the_loss_that_is_trained() -> None:
+    def keyed(**changes: object) -> object:
+        return replace(CONFIG, trainer=replace(CONFIG.trainer, **changes)).meaning["trainer"]["loss"]
+
+    assert keyed() == keyed(loss=HeadsLossConfig(kind="soft")) != keyed(loss=HeadsLossConfig(kind="tokens"))
+    assert keyed(joint=JointConfig()) == keyed(loss=HeadsLossConfig(kind="tokens"))
+    medusa = replace(CONFIG, heads=replace(CONFIG.heads, kind="medusa"))
+    assert medusa.meaning != CONFIG.meaning
+
+
 @pytest.mark.parametrize("at", [3, 4, 10])
 def test_interrupted_training_goes_on_with_the_same_numbers(
     undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path, at: int
@@ -203,7 +223,8 @@ def test_nothing_to_learn_is_an_error_that_counts(tiny_llama: Path, tmp_path: Pa
 
 def test_truncated_vocabulary_holds_frequent_reply_tokens_and_the_end(tiny_llama: Path, tmp_path: Path) -> None:
     heads = HeadsChoice(num_heads=2, vocabulary="truncated", truncated_vocab_size=100)
-    output = run(tmp_path, tiny_llama, replace(CONFIG, heads=heads))
+    trainer = replace(CONFIG.trainer, loss=HeadsLossConfig(kind="tokens"))  # which other tokens carry no loss of
+    output = run(tmp_path, tiny_llama, replace(CONFIG, heads=heads, trainer=trainer))
     token_map = load_checkpoint(output.path / "checkpoint").heads.token_map.tolist()
     assert token_map == sorted(set(token_map)) and len(token_map) == 100 and 2 in token_map
     record = read_records(output.path / "metrics.jsonl")[-1]
