@@ -77,7 +77,8 @@ def _table(outputs: dict[Step, StepOutput]) -> Table:
 _HELP: dict[Step, str] = {
     "prompts": "Reads and selects the prompts.",
     "distill": "Has the model answer the prompts itself.",
-    "train": "Trains the heads on the model's answers.",
+    "train": "Trains the heads on the model's answers: Hydra's on soft targets, unless CONFIG names train.heads.kind "
+    "(medusa: also for other engines) and train.trainer.loss.kind (tokens: the paper's; joint training's default).",
     "calibrate": "Measures heads, trees and step times.",
     "evaluate": "Compares with plain decoding on unseen prompts.",
     "register": "Registers the heads and promotes them through the gate.",
