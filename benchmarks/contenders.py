@@ -1,7 +1,8 @@
 """Who decodes in the benchmark: this engine, plainly or with a tree, and Hugging Face, with or without a draft model.
 
 All run the same waves: groups of requests that start together. Prefill and decoding are timed apart, and a contender's
-speed is that of decoding; the time from start to end is kept beside it.
+speed is that of decoding; the time from start to end is kept beside it. This engine also runs the waves' requests as a
+steady load (benchmarks/steady.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from benchmarks.hardware import idle_share
+from benchmarks.hardware import idle_share, synchronize
+from benchmarks.steady import Steady, run_steady
 from benchmarks.workload import Request
 from medusa import Engine
 
@@ -22,7 +24,8 @@ from medusa import Engine
 @dataclass
 class Run:
     """What one contender did in the waves of one run. `full_steps` are the seconds of each step in which every request
-    of its wave was still decoding, `full_tokens` what they gave; `nodes` the largest tree of every step."""
+    of its wave was still decoding, `full_tokens` what they gave; `nodes` the largest tree of every step; `steady` the
+    same requests as a steady load, None where there was no such run."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -33,6 +36,7 @@ class Run:
     full_steps: list[float] = field(default_factory=list)
     full_tokens: int = 0
     nodes: list[int] = field(default_factory=list)
+    steady: Steady | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -42,6 +46,11 @@ class Run:
     def full_tokens_per_second(self) -> float | None:
         """While every request of its wave was decoding; None where one had always ended."""
         return self.full_tokens / sum(self.full_steps) if self.full_steps else None
+
+    @property
+    def steady_tokens_per_second(self) -> float | None:
+        """Under a steady load; None where there was none."""
+        return self.steady.tokens_per_second if self.steady else None
 
     @property
     def end_to_end_tokens_per_second(self) -> float:
@@ -63,6 +72,11 @@ class Contender(Protocol):
         """Decodes the waves one after the other, replies cut at `max_tokens`."""
         ...
 
+    def run_steady(self, queue: Sequence[Request], concurrency: int) -> Steady | None:
+        """Decodes the queue, `concurrency` at once for as long as it lasts; None from one that decodes only batches
+        that start together."""
+        ...
+
 
 @dataclass
 class EngineContender:
@@ -81,6 +95,10 @@ class EngineContender:
             self._run_wave(wave, max_tokens, run)
         return run
 
+    def run_steady(self, queue: Sequence[Request], concurrency: int) -> Steady:
+        self.select(self.engine)
+        return run_steady(self.engine, queue, concurrency, self.temperature)
+
     def idle_share(self, wave: Sequence[Request], max_tokens: int) -> float | None:
         """The GPU's idle share while the wave decodes; None on a CPU."""
         if self.engine.backbone.device.type != "cuda":
@@ -97,7 +115,7 @@ class EngineContender:
 
     def _fill(self, wave: Sequence[Request], max_tokens: int | None, run: Run) -> int:
         """Steps until every request has its first token; returns how many have ended by then."""
-        _synchronize(self.engine.backbone.device)
+        synchronize(self.engine.backbone.device)
         start = time.perf_counter()
         waiting = {self.engine.add(r.prompt_ids, r.params(self.temperature, max_tokens)) for r in wave}
         ended = 0
@@ -105,7 +123,7 @@ class EngineContender:
             for output in self.engine.step():
                 waiting.discard(output.request_id)
                 ended += self._note(output, run)
-        _synchronize(self.engine.backbone.device)
+        synchronize(self.engine.backbone.device)
         run.prefill_seconds += time.perf_counter() - start
         return ended
 
@@ -136,6 +154,22 @@ class EngineContender:
         return True
 
 
+def plain(engine: Engine, temperature: float) -> EngineContender:
+    name = f"plain, T={temperature:g}"
+    return EngineContender(name, name, temperature, engine, lambda e: e.set_speculation("off"))
+
+
+def medusa(engine: Engine, temperature: float) -> EngineContender:
+    """Trees of the policy's choice."""
+    name, base = f"medusa, T={temperature:g}", f"plain, T={temperature:g}"
+    return EngineContender(name, base, temperature, engine, lambda e: e.set_speculation("auto"))
+
+
+def fixed_tree(engine: Engine, size: int, temperature: float) -> EngineContender:
+    name, base = f"medusa, {size} nodes, T={temperature:g}", f"plain, T={temperature:g}"
+    return EngineContender(name, base, temperature, engine, lambda e: e.set_speculation(size))
+
+
 class HuggingFaceContender:
     """transformers' `generate`, greedy, on left-padded batches, with an assistant model where one is given. A batch
     runs to the end of its longest reply; tokens beyond a reply's own length are not counted."""
@@ -159,18 +193,22 @@ class HuggingFaceContender:
             hook.remove()
         return run
 
+    def run_steady(self, queue: Sequence[Request], concurrency: int) -> None:
+        """None: `generate` takes no request before its whole batch has ended."""
+        return None
+
     @torch.inference_mode()
     def _run_wave(self, wave: Sequence[Request], max_tokens: int | None, run: Run) -> None:
         device = self._model.device
         ids, mask = _left_padded([request.prompt_ids for request in wave], device)
         lengths = [request.params(0.0, max_tokens).max_tokens for request in wave]
         self._forwards = []
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         output = self._model.generate(
             ids, attention_mask=mask, generation_config=self._exactly(max(lengths)), assistant_model=self._assistant
         )
-        _synchronize(device)
+        synchronize(device)
         end = time.perf_counter()
         if output.shape[1] - ids.shape[1] != max(lengths):
             raise RuntimeError(f"generate gave {output.shape[1] - ids.shape[1]} tokens, {max(lengths)} were asked for")
@@ -197,7 +235,7 @@ class HuggingFaceContender:
     def _note_forward(self, *_: object) -> None:
         """The first forward is the prefill: it is waited for, later ones are only counted."""
         if not self._forwards:
-            _synchronize(self._model.device)
+            synchronize(self._model.device)
         self._forwards.append(time.perf_counter())
 
 
@@ -206,8 +244,3 @@ def _left_padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[to
     ids = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     return ids, mask
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -23,7 +23,8 @@ def decode(
     num_prompts: Annotated[
         int,
         typer.Option(
-            help="Prompts taken, evenly over the file; a concurrency runs those that fit the KV cache together."
+            help="Prompts taken, evenly over the file; a concurrency runs those that fit the KV cache together, and a "
+            "steady load of N takes at least 2 N."
         ),
     ] = 256,
     context: Annotated[
@@ -32,7 +33,7 @@ def decode(
     max_tokens: Annotated[int, typer.Option(help="The longest reply.")] = 128,
     temperatures: Annotated[str, typer.Option(help="Comma-separated.")] = "0,0.7,1.0",
     concurrency: Annotated[str, typer.Option(help="Requests at once, comma-separated.")] = "1,2,4,8,16,32,64,128",
-    repeats: Annotated[int, typer.Option(help="Runs of each contender, in turn.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each contender, in turn: waves, then the steady load.")] = 5,
     trees: Annotated[str, typer.Option(help="Tree sizes to run at temperature 0 besides the policy's choice.")] = "",
     typical: Annotated[bool, typer.Option(help="A row for typical acceptance at temperature 0.7.")] = True,
     peers: Annotated[bool, typer.Option(help="Rows for Hugging Face.")] = True,
@@ -53,6 +54,9 @@ def decode(
     ),
 ) -> None:
     """Measures tokens a second, tokens a step and step times of plain decoding, Medusa and Hugging Face.
+
+    Requests run in waves, which start together and end with the slowest; plainly and with Medusa also as a steady load:
+    when one ends the next takes its place. A steady load of N takes at least 2 N prompts.
 
     Example: `medusa bench decode --prompts prompts.jsonl --heads runs/demo/calibrate/KEY/checkpoint --concurrency 1,4`
     """

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks import hardware
 from benchmarks.backbones import check_dtype, load_timed
 from benchmarks.inflate import inflate_checkpoint
-from benchmarks.measure import MIN_REPEATS
+from benchmarks.planning import MIN_REPEATS
 from benchmarks.workload import MIN_REPLY
 from medusa.checkpoint import Checkpoint, load_checkpoint
 from medusa.config import ConfigError

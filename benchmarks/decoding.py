@@ -2,7 +2,8 @@
 
 1. The model answers every prompt plainly, which fixes the replies' lengths (benchmarks/workload.py).
 2. At each concurrency, as many requests as the KV cache holds together (benchmarks/prompt_cache.py) are run: one engine
-   decodes plainly and with Medusa at each temperature, in turn.
+   decodes plainly and with Medusa at each temperature, in turn: first in waves, then the same requests as a steady
+   load, where there are enough (benchmarks/steady.py).
 3. A second engine does so with typical acceptance, in turn with its own plain decoding.
 4. Hugging Face decodes the same waves on an untouched copy of the model.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,9 +23,10 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import hardware
-from benchmarks.contenders import Contender, EngineContender, HuggingFaceContender
+from benchmarks.contenders import Contender, EngineContender, HuggingFaceContender, fixed_tree, medusa, plain
 from benchmarks.decode_setup import DecodeConfig, load, load_draft, settings_of
-from benchmarks.measure import Row, plan, probe, rotated_runs, summarise
+from benchmarks.measure import Row, rotated_runs, summarise, why_not_steady
+from benchmarks.planning import Estimate, plan, probe
 from benchmarks.progress import Progress
 from benchmarks.prompt_cache import cache_gb, fill, requests_that_fit
 from benchmarks.results import markdown, write_results
@@ -112,11 +114,12 @@ class DecodeBenchmark:
         return requests
 
     def _race_engine(self, engine: Engine, budget: TimeBudget) -> None:
-        contenders = [self._plain(engine, temperature) for temperature in self._config.temperatures]
+        temperatures = self._config.temperatures
+        contenders = [plain(engine, temperature) for temperature in temperatures]
         if self._checkpoint is not None:
             self._measure_step_times(engine)
-            contenders += [self._medusa(engine, temperature) for temperature in self._config.temperatures]
-            contenders += [self._fixed_tree(engine, size) for size in self._config.trees]
+            contenders += [medusa(engine, temperature) for temperature in temperatures]
+            contenders += [fixed_tree(engine, size, temperatures[0]) for size in self._config.trees]
         for concurrency in self._config.concurrency:
             self._taken[concurrency] = requests = self._found_again(engine, concurrency)
             share = budget.share(reserved_s=self._engine_s if self._runs_typical else 0.0)
@@ -126,20 +129,18 @@ class DecodeBenchmark:
             self._settings["step times"] = engine.step_times.to_dict()["step_times"]
 
     def _race_typical(self, engine: Engine, budget: TimeBudget) -> None:
-        plain = self._plain(engine, TYPICAL_TEMPERATURE)
-        typical = replace(self._medusa(engine, TYPICAL_TEMPERATURE), name="medusa, typical, T=0.7")
+        typical = replace(medusa(engine, TYPICAL_TEMPERATURE), name="medusa, typical, T=0.7")
+        contenders = [plain(engine, TYPICAL_TEMPERATURE), typical]
         self._measure_step_times(engine)
         self._progress.say("measuring typical acceptance's distance")
         self._note_distance(engine)
         for concurrency in self._config.concurrency:
             requests = self._found_again(engine, concurrency)
-            self._rows += self._race([plain, typical], requests, concurrency, budget.share(), ", typical acceptance")[
-                1:
-            ]
+            self._rows += self._race(contenders, requests, concurrency, budget.share(), ", typical acceptance")[1:]
             self._write()
 
     def _race_peers(self, model: PreTrainedModel, assistant: PreTrainedModel | None, budget: TimeBudget) -> None:
-        plain = {row.concurrency: row for row in self._rows if row.contender == "plain, T=0"}
+        of_plain = {row.concurrency: row for row in self._rows if row.contender == "plain, T=0"}
         for concurrency in self._config.peers_at or self._config.concurrency:
             peers: list[Contender] = [HuggingFaceContender("HF generate, T=0", "", model)]
             if assistant is not None and concurrency == 1:
@@ -149,8 +150,8 @@ class DecodeBenchmark:
             except torch.cuda.OutOfMemoryError:
                 self._notes.append(f"concurrency {concurrency}: Hugging Face ran out of the GPU's memory")
                 continue
-            if concurrency in plain:
-                rows = [row.over(plain[concurrency]) for row in rows]
+            if concurrency in of_plain:
+                rows = [row.over(of_plain[concurrency]) for row in rows]
             self._rows += [replace(row, end_to_end=None) for row in rows]
             self._write()
 
@@ -162,7 +163,8 @@ class DecodeBenchmark:
         if count == 0:
             self._note(
                 f"concurrency {concurrency}: the KV cache does not hold {concurrency} requests, so that prompts are "
-                "computed anew in each wave and replies end before all requests decode"
+                "computed anew each time, replies of a wave end before all its requests decode, and a steady load does "
+                "not decode all at once"
             )
             return self._requests
         if count < total:
@@ -182,16 +184,18 @@ class DecodeBenchmark:
         """`who` tells in notes whose race it is, where it is not the first at this concurrency."""
         start, label = time.monotonic(), f"concurrency {concurrency}{who}"
         self._progress.say(f"{label}: warming up")
-        seconds = sum(probe(contender, requests, concurrency) for contender in contenders)
+        estimate = Estimate.total([probe(contender, requests, concurrency) for contender in contenders])
         idle = [self._idle_share(contender, requests, concurrency) for contender in contenders]
         left = None if budget is None else max(budget - (time.monotonic() - start), 0.0)
-        planned = plan(seconds, concurrency, len(requests), self._config.repeats, left)
+        planned = plan(estimate, concurrency, len(requests), self._config.repeats, left)
         if planned.note:
             self._note(f"{label}: {planned.note}")
         if concurrency > len(requests):
             self._note(f"concurrency {concurrency}: the {len(requests)} prompts repeat in a wave")
         runs = rotated_runs(contenders, requests, concurrency, planned, self._progress.say, left)
         rows = summarise(contenders, runs, concurrency, planned)
+        if any(isinstance(c, EngineContender) for c in contenders) and (why := why_not_steady(rows, planned)):
+            self._note(f"{label}: {why}")
         if rows[0].repeats < planned.repeats:
             self._note(f"{label}: {rows[0].repeats} of {planned.repeats} runs, its share of the time budget was spent")
         if budget is not None and (took := time.monotonic() - start) > OVERRUN * budget:
@@ -224,20 +228,6 @@ class DecodeBenchmark:
             f"typical acceptance at T = 0.7: KL(typical || exact) is {distance.first:.2f} nats for the first token and "
             f"{distance.second:.2f} for the second, over {distance.prompts} prompts"
         )
-
-    def _plain(self, engine: Engine, temperature: float) -> EngineContender:
-        name = f"plain, T={temperature:g}"
-        return EngineContender(name, name, temperature, engine, lambda e: e.set_speculation("off"))
-
-    def _medusa(self, engine: Engine, temperature: float) -> EngineContender:
-        plain = f"plain, T={temperature:g}"
-        select: Callable[[Engine], None] = lambda e: e.set_speculation("auto")  # noqa: E731
-        return EngineContender(f"medusa, T={temperature:g}", plain, temperature, engine, select)
-
-    def _fixed_tree(self, engine: Engine, size: int) -> EngineContender:
-        temperature = self._config.temperatures[0]
-        name, plain = f"medusa, {size} nodes, T={temperature:g}", f"plain, T={temperature:g}"
-        return EngineContender(name, plain, temperature, engine, lambda e: e.set_speculation(size))
 
     def _engine(self, acceptance: Any) -> Engine:
         hardware.release_memory()
@@ -276,11 +266,12 @@ class DecodeBenchmark:
         return list(dict.fromkeys(wanted))
 
     def _budget(self) -> TimeBudget:
-        """Weights are about the contenders of a race; Hugging Face also computes every prompt again."""
+        """Weights are about a race's passes over its requests: in waves, and as a steady load; Hugging Face, which has
+        waves alone, also computes every prompt again."""
         config, medusa = self._config, self._checkpoint is not None
         engine = len(config.temperatures) * (2 if medusa else 1) + (len(config.trees) if medusa else 0)
-        weights = [engine] * len(config.concurrency)
-        weights += [2] * len(config.concurrency) if self._runs_typical else []
+        weights = [2 * engine] * len(config.concurrency)
+        weights += [4] * len(config.concurrency) if self._runs_typical else []
         weights += [4] * len(config.peers_at or config.concurrency) if config.peers else []
         return TimeBudget(None if config.time_budget is None else self._start + config.time_budget, weights)
 

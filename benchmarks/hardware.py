@@ -63,6 +63,12 @@ def bytes_for_cache(device: torch.device) -> float:
     return 0.5 * psutil.virtual_memory().available
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for what a GPU still has to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def release_memory() -> None:
     """Gives back what no object holds any more: an engine's cache is sized by what the driver says is free."""
     gc.collect()
@@ -97,10 +103,8 @@ def idle_part(spans: Iterable[tuple[float, float]]) -> float | None:
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start

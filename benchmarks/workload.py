@@ -107,6 +107,12 @@ def waves_of(requests: Sequence[Request], temperature: float, concurrency: int, 
     return [ordered[start : start + concurrency] for start in starts]
 
 
+def queue_of(requests: Sequence[Request], waves: Sequence[Sequence[Request]]) -> list[Request]:
+    """The requests of the waves in the order in which they came, with long and short replies mixed."""
+    seeds = {request.seed for wave in waves for request in wave}
+    return [request for request in requests if request.seed in seeds]
+
+
 def _again(request: Request, time: int) -> Request:
     return request if time == 0 else Request(request.prompt_ids, request.seed + 1_000_003 * time, request.lengths)
 

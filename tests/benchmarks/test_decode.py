@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from benchmarks import hardware
 from benchmarks.contenders import EngineContender, HuggingFaceContender, Run
 from benchmarks.decoding import DecodeBenchmark, DecodeConfig
-from benchmarks.measure import Interval, plan, rotated_runs, summarise
+from benchmarks.measure import Interval, rotated_runs, summarise
+from benchmarks.planning import Estimate, plan
 from benchmarks.results import markdown, write_atomically
 from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
@@ -155,7 +156,7 @@ def test_runs_rotate_and_rows_pair_each_run_with_plain(tiny_llama: Path) -> None
         EngineContender("tree", "plain", 0.0, engine, lambda e: e.set_speculation(4)),
     ]
     said: list[str] = []
-    planned = plan(1.0, 2, 4, 3, None)
+    planned = plan(Estimate(1.0), 2, 4, 3, None)
     assert (planned.waves, planned.repeats, planned.note) == (2, 3, None)
     runs = rotated_runs(contenders, requests_of([5, 6, 7, 8]), 2, planned, said.append)
     assert [line.rsplit(" ", 1)[1] for line in said] == ["plain", "tree", "tree", "plain", "plain", "tree"]
@@ -172,7 +173,7 @@ def test_runs_rotate_and_rows_pair_each_run_with_plain(tiny_llama: Path) -> None
     [(None, 8, 5, False), (1000.0, 8, 5, False), (21.0, 2, 5, True), (8.0, 1, 4, True), (0.0, 1, 3, True)],
 )
 def test_the_budget_decides_how_many_prompts_run_and_says_so(budget, waves, repeats, noted) -> None:
-    planned = plan(2.0, 4, 32, 5, budget)
+    planned = plan(Estimate(2.0), 4, 32, 5, budget)
     assert (planned.waves, planned.repeats, planned.note is not None) == (waves, repeats, noted)
     assert planned.seconds == waves * repeats * 2.0
 
@@ -261,10 +262,13 @@ def test_the_benchmark_writes_json_markdown_and_plots(
         assert row["gpu_idle_share"] is None
         assert (row["end_to_end"] is None) == row["contender"].startswith("HF")  # its prompts are computed again
         assert (row["ratio"] is None) == row["contender"].startswith("plain")
+        assert (row["steady"] is None) == row["contender"].startswith("HF")
+        assert (row["steady_ratio"] is None) == row["contender"].startswith(("plain", "HF"))
     assert content["settings"]["prompt tokens, mean"] == 40.0 and content["settings"]["step times"]
     assert content["settings"]["typical acceptance, distance"]["first"] > 0
     assert page == (tmp_path / "out" / "decode.md").read_text()
     assert "medusa, typical" in page and "KL(typical || exact)" in page and "GPU idle" not in page
+    assert "| steady tokens/s |" in page and "no steady" not in page
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["decode.json", "decode.md", "over_plain.png", "step_ms.png", "tokens_per_second.png"]
 
@@ -367,7 +371,7 @@ def test_the_speed_while_all_decode_leaves_out_the_tails_of_waves() -> None:
     tail = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=4, replies_tokens=6, nodes=[4])
     contenders = [EngineContender(name, "plain", 0.0, None, lambda e: None) for name in ("plain", "tree")]
     runs = {"plain": [plain, plain], "tree": [tree, tail]}
-    first, second = summarise(contenders, runs, 2, plan(1.0, 2, 4, 3, None))
+    first, second = summarise(contenders, runs, 2, plan(Estimate(1.0), 2, 4, 3, None))
     assert first.full.median == pytest.approx(20.0) and first.full_ratio is None
     assert second.full.median == pytest.approx(30.0)
     assert (second.ratio.median, second.full_ratio.median) == (pytest.approx(1.0), pytest.approx(1.5))

@@ -14,9 +14,11 @@ import benchmarks.time_budget as time_budget
 from benchmarks.contenders import EngineContender, Run
 from benchmarks.decode_setup import DecodeConfig
 from benchmarks.decoding import DecodeBenchmark
-from benchmarks.measure import plan, probe, rotated_runs, summarise
+from benchmarks.measure import rotated_runs, summarise
+from benchmarks.planning import Estimate, plan, probe
 from benchmarks.prompt_cache import cache_gb, fill, requests_that_fit
 from benchmarks.results import markdown, write_results
+from benchmarks.steady import Steady
 from benchmarks.time_budget import TimeBudget
 from benchmarks.workload import Request, waves_of
 from medusa import Engine
@@ -50,9 +52,15 @@ def clock(monkeypatch) -> Clock:
 class Timed:
     """A contender of which each wave takes so many seconds by the clock; a token of its longest reply takes 0.1 s."""
 
-    def __init__(self, name: str, clock: Clock, seconds: float = 0.0) -> None:
+    def __init__(self, name: str, clock: Clock, seconds: float = 0.0, steady_s: float | None = None) -> None:
         self.name, self.plain, self.temperature = name, name, 0.0
-        self._clock, self._seconds = clock, seconds
+        self._clock, self._seconds, self._steady_s = clock, seconds, steady_s
+
+    def run_steady(self, queue, concurrency) -> Steady | None:
+        if self._steady_s is None:
+            return None
+        self._clock.now += self._steady_s
+        return Steady(tokens=1, seconds=self._steady_s, whole_seconds=self._steady_s)
 
     def run(self, waves, max_tokens=None) -> Run:
         self._clock.now += self._seconds * len(waves)
@@ -151,8 +159,8 @@ def test_the_report_says_which_prompts_ran_and_leaves_out_what_was_not_measured(
 def test_a_figure_that_is_missing_is_an_empty_cell(tmp_path: Path) -> None:
     run = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=6, replies_tokens=6, nodes=[1])
     contender = EngineContender("plain", "plain", 0.0, None, lambda e: None)
-    rows = summarise([contender], {"plain": [run] * 3}, 2, plan(1.0, 2, 4, 3, None))
-    assert "| plain | 0 | 15 (15 to 15) | 15 | 1.00 |  | 1.0 |  |  |  |" in markdown({}, rows, [])
+    rows = summarise([contender], {"plain": [run] * 3}, 2, plan(Estimate(1.0), 2, 4, 3, None))
+    assert "| plain | 0 | 15 (15 to 15) |  | 15 | 1.00 |  | 1.0 |  |  |  |  |" in markdown({}, rows, [])
     write_results(tmp_path, {}, rows, [])
     assert json.loads((tmp_path / "decode.json").read_text())["rows"][0]["step_ms"] is None
     assert not (tmp_path / "step_ms.png").exists()
@@ -163,16 +171,25 @@ def test_a_figure_that_is_missing_is_an_empty_cell(tmp_path: Path) -> None:
 
 def test_an_estimate_is_of_a_wave_as_long_as_all_are_on_average(clock: Clock) -> None:
     requests = [Request([7, i], i, {0.0: length}) for i, length in enumerate([8, 8, 8, 8, 8, 128])]
-    assert probe(Timed("a", clock), requests, 2) == pytest.approx(2.0 + 0.1 * ((8 + 8 + 128) / 3 - 1))
+    assert probe(Timed("a", clock), requests, 2).wave_s == pytest.approx(2.0 + 0.1 * ((8 + 8 + 128) / 3 - 1))
 
 
 @pytest.mark.parametrize(("budget", "rounds"), [(None, 5), (50.0, 5), (49.0, 4), (1.0, 3)])
 def test_no_round_begins_that_would_end_beyond_the_budget(clock: Clock, budget, rounds) -> None:
     contenders = [Timed("a", clock, 2.0), Timed("b", clock, 3.0)]
-    planned = plan(0.1, 2, 4, 5, None)  # two waves, far too low an estimate
+    planned = plan(Estimate(0.1), 2, 4, 5, None)  # two waves, far too low an estimate
     runs = rotated_runs(contenders, requests_of(4, 5, 8, 8), 2, planned, lambda line: None, budget)
     assert {name: len(each) for name, each in runs.items()} == {"a": rounds, "b": rounds}
     assert clock.now == 100.0 + 10.0 * rounds
+
+
+def test_steady_runs_count_in_the_budget(clock: Clock) -> None:
+    """A round takes 16 s with them, and 10 s without."""
+    contenders = [Timed("a", clock, 2.0, steady_s=1.0), Timed("b", clock, 3.0, steady_s=5.0)]
+    planned = plan(Estimate(0.1), 2, 4, 5, None)
+    runs = rotated_runs(contenders, requests_of(4, 5, 8, 8), 2, planned, lambda line: None, 79.0)
+    assert {name: len(each) for name, each in runs.items()} == {"a": 4, "b": 4}
+    assert clock.now == 100.0 + 4 * 16.0
 
 
 def test_a_share_is_of_what_is_left_without_what_is_reserved(clock: Clock) -> None:
