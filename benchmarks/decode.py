@@ -55,8 +55,8 @@ def decode(
 ) -> None:
     """Measures tokens a second, tokens a step and step times of plain decoding, Medusa and Hugging Face.
 
-    Requests run in waves, which start together and end with the slowest; plainly and with Medusa also as a steady load:
-    when one ends the next takes its place. A steady load of N takes at least 2 N prompts.
+    Requests run in waves, which start together and end with the slowest, and but for Hugging Face as a steady load.
+    Under that the next takes the place of each that ends; N at once take at least 2 N prompts.
 
     Example: `medusa bench decode --prompts prompts.jsonl --heads runs/demo/calibrate/KEY/checkpoint --concurrency 1,4`
     """
