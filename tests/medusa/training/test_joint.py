@@ -7,7 +7,9 @@ import random
 
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM
 
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.model import Backbone
@@ -87,6 +89,25 @@ def test_loss_and_gradients_equal_those_of_whole_logits(tiny_llama, checkpointin
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activation_checkpointing_computes_each_layer_again(tiny_llama, checkpointing, method):
+    joint = JointConfig(method=method, lm_loss="tokens")  # no teacher, which would run the layers too
+    trainer = make_trainer(tiny_llama, joint, activation_checkpointing=checkpointing)
+    runs = dict.fromkeys(range(len(trainer.backbone.model.model.layers)), 0)
+
+    def count(index):
+        def hook(*_):
+            runs[index] += 1
+
+        return hook
+
+    for index, layer in enumerate(trainer.backbone.model.model.layers):
+        layer.mlp.register_forward_pre_hook(count(index))
+    trainer.train_step(trainer.next_batches())
+    assert set(runs.values()) == {2 if checkpointing else 1}
+
+
 def test_heads_train_the_backbone_too(tiny_llama):
     """The hidden states are not detached: without an LM term the adapter still gets a gradient."""
     trainer = make_trainer(tiny_llama, grad_clip=None)
@@ -109,6 +130,18 @@ def test_teacher_is_the_base_model_to_the_last_bit_after_training(tiny_llama):
     student_Nd, _ = trainer.adaptation.student(batch)
     assert not torch.allclose(student_Nd, expected, atol=1e-4)
     assert all(p.requires_grad for p in trainer.optimiser.parameters.values())
+
+
+@pytest.mark.parametrize("joint", [JointConfig(rank=4, train_lm_head=True), JointConfig(method="full")])
+def test_teacher_has_the_lm_head_of_the_base_where_it_learns_too(tiny_llama, joint):
+    trainer = make_trainer(tiny_llama, joint)
+    run(trainer, 4)
+    base = Backbone.from_pretrained(tiny_llama, device="cpu")
+    (batch,) = trainer.next_batches()
+    hidden_Nd, weight_Vd = trainer.adaptation.teacher(batch)
+    assert torch.equal(weight_Vd, base.lm_head_weight)
+    assert torch.equal(hidden_Nd, base.hidden_states(batch.tokens_BT).flatten(0, 1)[batch.positions_N])
+    assert not torch.allclose(trainer.adaptation.student(batch)[1], weight_Vd, atol=1e-4)
 
 
 def test_adapters_sit_on_every_linear_layer_but_the_lm_head(tiny_llama):
@@ -225,21 +258,35 @@ def test_bfloat16_backbone_trains_float32_adapters(tiny_llama):
 
 
 def test_dropout_is_seeded_by_the_step_and_leaves_the_generator_alone(tiny_llama):
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    trainer = make_trainer(tiny_llama, JointConfig(rank=4, dropout=0.5))
-    state = torch.get_rng_state()
-    run(trainer, 2)
-    assert torch.equal(torch.get_rng_state(), state) and before is not None
+    """Nothing that drew random numbers before or between changes a loss; the seed does."""
+    found = []
+    for seed, drawn in ((0, 0), (0, 1000), (1, 0)):
+        torch.manual_seed(5 + drawn)
+        trainer = make_trainer(tiny_llama, JointConfig(rank=4, dropout=0.5, lm_loss="tokens"), seed=seed)
+        before = torch.get_rng_state()
+        first = losses(trainer, 1)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.randn(1 + drawn)
+        found.append(first + losses(trainer, 3))
+    assert found[0] == found[1] and found[0] != pytest.approx(found[2])
 
 
-def test_adapter_is_saved_as_peft_reads_it(tiny_llama, tmp_path):
-    trainer = make_trainer(tiny_llama)
+@pytest.mark.parametrize("train_lm_head", [False, True])
+def test_adapter_is_saved_as_peft_reads_it(tiny_llama, tmp_path, train_lm_head):
+    trainer = make_trainer(tiny_llama, JointConfig(rank=4, dropout=0.0, train_lm_head=train_lm_head))
     assert isinstance(trainer.adaptation, LoraAdaptation)
-    run(trainer, 2)
+    run(trainer, 4)
     weights = {name.removeprefix("model."): weight for name, weight in trainer.whole_weights().items()}
     trainer.adaptation.save(tmp_path / "adapter", weights)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "adapter").iterdir()}
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        base = model(ids).logits
+        read = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids).logits
+        trainer.backbone.model.eval()
+        trained = trainer.backbone.logits(trainer.backbone.hidden_states(ids))
+    torch.testing.assert_close(read, trained, rtol=1e-5, atol=1e-5)
+    assert (read - base).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
