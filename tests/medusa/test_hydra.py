@@ -18,6 +18,9 @@ from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads, embed_path
 from medusa.model import Backbone, UnsupportedModelError
 from medusa.tokenizer import ChatTokenizer
+from medusa.training.batch import Row
+from medusa.training.schedule import HeadsLossConfig, TrainerConfig
+from medusa.training.trainer import Trainer
 
 NUM_HEADS, WIDTH = 3, 3
 
@@ -113,6 +116,31 @@ def test_a_head_sees_the_tokens_before_its_own_and_no_others(backbone):
         assert torch.equal(one, two) == (changed > k), (k, changed)
     with pytest.raises(ValueError, match="need the embeddings of the tokens ahead"):
         heads.features(0, hidden)
+
+
+def test_what_training_teaches_is_what_decoding_asks_for(backbone):
+    """Heads that know replies by heart guess them when asked as the drafter asks: with the tokens drawn so far."""
+    rng = random.Random(5)
+    rows = [Row.of(rng.sample(range(3, 400), 4), rng.sample(range(3, 400), 12)) for _ in range(4)]
+    config = HeadsConfig(num_heads=NUM_HEADS, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
+    heads = HydraHeads.initialised(config, backbone.lm_head_weight)
+    numbers = TrainerConfig(
+        max_steps=40, batch_size=4, lr=2e-2, warmup_steps=2, grad_clip=None, loss=HeadsLossConfig(kind="tokens")
+    )
+    trainer = Trainer(backbone, heads, rows, numbers)
+    while not trainer.finished:
+        trainer.train_step(trainer.next_batches())
+    heads.eval().requires_grad_(False)
+    for row in rows:
+        ids = row.token_ids
+        hidden_Td = backbone.hidden_states(ids[None])[0]
+        for k in range(NUM_HEADS):
+            starts = range(row.prompt_length - 1, len(ids) - k - 2)  # the last prompt token's hidden state on
+            drawn = torch.stack([ids[t + 1 : t + k + 2] for t in starts])
+            guesses, _ = heads.guess_next(
+                k, hidden_Td[list(starts)], drawn, backbone.embed, backbone.lm_head_weight, 1, backbone.cap
+            )
+            assert guesses[:, 0].tolist() == [int(ids[t + k + 2]) for t in starts], k
 
 
 def test_new_heads_are_the_lm_head(backbone):

@@ -18,10 +18,20 @@ from medusa.config import ConfigError, validate
 from medusa.heads import MedusaHeads
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
+from medusa.quality import last_number
+from medusa.tokenizer import ChatTokenizer
 from medusa.training.schedule import JointConfig
 from medusa.weights import weights_digest
 from pipelines.artifact import StepOutput
-from pipelines.quality import QualityConfig, QualityError, gate_fields, measure_quality, read_questions
+from pipelines.quality import (
+    QualityConfig,
+    QualityError,
+    Question,
+    gate_fields,
+    measure_quality,
+    read_questions,
+    task_accuracy,
+)
 from pipelines.run import ModelConfig, RunContext
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import HeadsChoice, TrainConfig, trained_backbone
@@ -193,6 +203,21 @@ def test_quality_is_measured_on_replies_kept_back_and_on_a_task(
     fields = gate_fields(output)
     assert fields["backbone_changed"] and fields["kl"] == result["kl"]
     assert fields["task_accuracy"] == fields["base_task_accuracy"] == 0.0  # random weights do no sums
+
+
+def test_a_right_answer_counts(tiny_llama: Path) -> None:
+    """The number in the base's own greedy reply is right by definition, the one after it wrong."""
+    settings = QualityConfig(task_max_tokens=48)
+    backbone, tokenizer = Backbone.from_pretrained(tiny_llama, device="cpu"), ChatTokenizer.from_pretrained(tiny_llama)
+    prompts = [f"How much is {n} + {n}?" for n in range(24)]
+    encoded = [tokenizer.encode_chat([{"role": "user", "content": prompt}]) for prompt in prompts]
+    engine = Engine(backbone, tokenizer, max_batch_size=8, max_model_len=max(map(len, encoded)) + 48, speculation="off")
+    replies = engine.generate(encoded, SamplingParams(max_tokens=48, temperature=0.0))
+    said = [(prompt, last_number(reply.text)) for prompt, reply in zip(prompts, replies, strict=True)]
+    asked = [(prompt, number) for prompt, number in said if number is not None]
+    assert len(asked) >= 4  # digits are among the tokens that random weights say
+    questions = [Question(prompt, number + wrong) for wrong, (prompt, number) in enumerate(asked[:4], start=-3)]
+    assert task_accuracy(backbone, str(tiny_llama), questions, settings) == 0.25
 
 
 @pytest.mark.parametrize(

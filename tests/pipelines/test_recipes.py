@@ -110,6 +110,31 @@ def test_a_recipe_of_today_trains_what_the_defaults_are(name: str) -> None:
     assert unnamed.recipe == config.recipe
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "warmup", "weight", "ramp", "batch", "length", "first_stage"),
+    [
+        ("vicuna-7b", 5e-4, 40, 0.2, "constant", 64, 4096, 0.5),
+        ("vicuna-13b", 5e-4, 40, 0.2, "constant", 64, 4096, 0.5),
+        ("vicuna-33b", 1e-4, 20, 0.01, "sine", 128, 2048, 0.0),
+        ("zephyr-7b", 1e-4, 20, 0.01, "sine", 128, 2048, 0.0),
+    ],
+)
+def test_the_papers_numbers(
+    name: str, rate: float, warmup: int, weight: float, ramp: str, batch: int, length: int, first_stage: float
+) -> None:
+    """arXiv 2401.10774, appendices B.2 to B.4; the rate is the backbone's, of which the heads' is four times."""
+    train = load_pipeline(CONFIGS / f"{name}.yaml").train
+    trainer, joint = train.trainer, train.trainer.joint
+    assert joint is not None
+    assert (train.heads.num_heads, train.heads.num_layers, train.heads.vocabulary) == (5, 1, "own")
+    assert (joint.method, joint.rank, joint.alpha, joint.dropout) == ("lora", 32, 16.0, 0.05)
+    assert (trainer.lr / joint.heads_lr_scale, joint.heads_lr_scale) == (pytest.approx(rate), 4)
+    assert (trainer.schedule, trainer.warmup_steps, trainer.head_decay) == ("cosine", warmup, 0.8)
+    assert (joint.heads_weight, joint.heads_weight_schedule, joint.ramp_ratio) == (weight, ramp, 1.0)
+    assert (trainer.batch_size, trainer.max_length, joint.heads_only_ratio) == (batch, length, first_stage)
+    assert trainer.epochs == (4 if first_stage else 2)  # of two stages two each
+
+
 def test_large_vocabularies_get_no_matrix_a_head() -> None:
     models = load_figures().models
     for name in FAMILIES:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -231,6 +232,19 @@ def test_truncated_vocabulary_holds_frequent_reply_tokens_and_the_end(tiny_llama
     assert 0 < record["head_0/coverage"] < 1 and record["head_0/top5_accuracy"] <= record["head_0/coverage"]
 
 
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_heads_of_a_quantised_backbone_belong_to_the_weights_as_published(
+    undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path, bits: Literal["8bit", "4bit"]
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="the optional extra `quantized` is not installed")
+    trainer = replace(CONFIG.trainer, optimizer="adamw_8bit")
+    output = run(tmp_path, tiny_llama, replace(CONFIG, quantization=bits, trainer=trainer))
+    found = losses(output)
+    assert found[-1] < found[0] and found[0] != pytest.approx(losses(undisturbed)[0], rel=1e-4)
+    checkpoint = load_checkpoint(output.path / "checkpoint", Backbone.from_pretrained(tiny_llama, device="cpu"))
+    assert checkpoint.meta.training["recipe"]["quantization"] == bits
+
+
 def test_most_frequent_reply_tokens_ties_to_lower_ids() -> None:
     rows = [Row.of([9, 9, 9], [7, 5, 5]), Row.of([1], [7, 3, 4])]
     assert frequent_reply_tokens(rows, 3) == (3, 5, 7)
@@ -296,3 +310,22 @@ def test_failed_run_is_resumed_by_running_it_again(undisturbed: StepOutput, tiny
     assert first == [*"12345"]
     # A checkpoint counts once Ray's controller has heard of it; that of step 4 may not have come so far.
     assert second in ([*"3456789", "10"], [*"56789", "10"])
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_of_two_workers_goes_on_with_one(undisturbed: StepOutput, tiny_llama: Path, tmp_path: Path) -> None:
+    """The number of workers is no part of a state: fewer machines end what more began, with the same numbers."""
+    on_step = stop_once(tmp_path / "marker", 7, vanish)
+    with pytest.raises(TrainError, match="run the same command again"):
+        run(tmp_path / "runs", tiny_llama, replace(ON_RAY, max_failures=0), on_step=on_step)
+    steps_done = tmp_path / "steps"
+
+    def count(step: int) -> None:
+        with steps_done.open("a") as file:
+            file.write(f"{step}\n")
+
+    output = run(tmp_path / "runs", tiny_llama, replace(ON_RAY, num_workers=1), on_step=count)
+    assert int(steps_done.read_text().split()[0]) > 1  # from a checkpoint, not from the start
+    assert losses(output) == pytest.approx(losses(undisturbed), rel=1e-5)
