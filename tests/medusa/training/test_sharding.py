@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,12 +27,12 @@ JOINTS = {
 }
 
 
-def make_trainer(folder, joint, **distributed):
+def make_trainer(folder, joint, optimizer="adamw", **distributed):
     backbone = Backbone.from_pretrained(folder, device="cpu")
     config = HeadsConfig(num_heads=2, hidden_size=backbone.hidden_size, vocab_size=backbone.vocab_size)
     heads = HydraHeads.initialised(config, backbone.lm_head_weight)
     soft = HeadsLossConfig(kind="soft")
-    numbers = TrainerConfig(**FAST, loss=soft, joint=joint, activation_checkpointing=True)
+    numbers = TrainerConfig(**FAST, loss=soft, joint=joint, optimizer=optimizer, activation_checkpointing=True)
     return Trainer(backbone, heads, make_rows(25), numbers, **distributed)
 
 
@@ -72,6 +73,9 @@ def one_worker(rank: int, folder: Path, name: str, port: int, work: Path) -> Non
     assert trainer.sharded
     trainer.load_state(work / "state")
     torch.save(run(trainer), work / "alone.pt")
+    if find_spec("bitsandbytes"):
+        with pytest.raises(ValueError, match="adamw_8bit keeps moments that cannot be sharded; use adamw with FSDP"):
+            make_trainer(folder, JOINTS[name], optimizer="adamw_8bit", wrap=shard)
     dist.destroy_process_group()
 
 
