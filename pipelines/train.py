@@ -58,7 +58,7 @@ STEP_VERSION = 2
 RAY = ".ray"
 _POLL_S, _TAIL_BYTES = 0.5, 1 << 16
 # What may change at a restart: it moves results by rounding at most.
-_NOT_IN_KEY = {"num_workers", "use_gpu", "cpus_per_worker", "max_failures", "sharding"}
+_NOT_IN_KEY = {"num_workers", "min_workers", "use_gpu", "cpus_per_worker", "max_failures", "sharding"}
 _NOT_IN_TRAINER_KEY = {
     "micro_batch_size",
     "chunk_size",
@@ -103,9 +103,11 @@ class HeadsChoice:
 class TrainConfig:
     """What is trained, how, and on how many workers.
 
-    `num_workers` 0: in this process. `use_gpu` null: where there are GPUs. `validation_fraction` of the
-    conversations, chosen by id, is kept back for calibration, and `validation_rows` of their rows at most are measured
-    every `validate_every` steps (0: never). A worker that dies `max_failures` times ends the run.
+    `num_workers` 0: in this process. With `min_workers` training starts, and goes on, with as many as there is room for
+    from that number up; how many they are changes no result beyond rounding. `use_gpu` null: where there are GPUs.
+    `validation_fraction` of the conversations, chosen by id, is kept back for calibration, and `validation_rows` of
+    their rows at most are measured every `validate_every` steps (0: never). A worker that dies `max_failures` times
+    ends the run.
     `quantization` freezes a backbone of 8 or 4 bits (Medusa-1 only; needs bitsandbytes). `sharding` "fsdp" splits
     model, heads and optimiser over the workers, where one GPU does not hold them; "ddp" gives each its own.
     """
@@ -113,6 +115,7 @@ class TrainConfig:
     heads: HeadsChoice = field(default_factory=HeadsChoice)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     num_workers: int = 1
+    min_workers: int | None = None
     use_gpu: bool | None = None
     cpus_per_worker: float = 1.0
     validation_fraction: float = 0.05
@@ -128,12 +131,22 @@ class TrainConfig:
                 "num_workers and max_failures must be 0 or more and cpus_per_worker above 0, got "
                 f"{self.num_workers}, {self.max_failures} and {self.cpus_per_worker}"
             )
+        if self.min_workers is not None and not 1 <= self.min_workers <= self.num_workers:
+            raise ValueError(
+                f"min_workers must be from 1 to num_workers ({self.num_workers}), got {self.min_workers}; leave it out "
+                "for a fixed number"
+            )
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be from 0 to below 1, got {self.validation_fraction}")
         if self.validate_every < 0 or self.validation_rows < 1:
             raise ValueError(
                 f"validate_every must be 0 or more and validation_rows at least 1, got {self.validate_every} and "
                 f"{self.validation_rows}"
+            )
+        if self.sharding == "fsdp" and self.trainer.optimizer != "adamw":
+            raise ValueError(
+                f"sharding is fsdp, and the moments of trainer.optimizer {self.trainer.optimizer} cannot be sharded; "
+                "take adamw, or sharding ddp"
             )
         if self.quantization is not None and self.trainer.joint is not None:
             raise ValueError(
@@ -247,7 +260,7 @@ def _fit(job: TrainJob) -> TrainOutcome:
         train_on_ray,
         train_loop_config={"job": job},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.num_workers if config.min_workers is None else (config.min_workers, config.num_workers),
             use_gpu=job.use_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": 1} if job.use_gpu else {}),
         ),
@@ -273,7 +286,7 @@ def _uses_gpu(config: TrainConfig) -> bool:
         return config.use_gpu
     if config.num_workers == 0:
         return torch.cuda.is_available()
-    return bool(ray.cluster_resources().get("GPU", 0) >= config.num_workers)
+    return bool(ray.cluster_resources().get("GPU", 0) >= (config.min_workers or config.num_workers))
 
 
 def _provenance(context: RunContext, config: TrainConfig, distilled: StepOutput, log: RunLog) -> dict[str, Any]:

@@ -277,6 +277,12 @@ def test_bad_config_is_refused(bad: dict[str, object]) -> None:
         validate(TrainConfig, bad, source="test")
 
 
+def test_moments_that_cannot_be_sharded_are_refused_before_any_work() -> None:
+    bad = {"sharding": "fsdp", "trainer": {"optimizer": "adamw_8bit"}}
+    with pytest.raises(ConfigError, match="moments of trainer.optimizer adamw_8bit cannot be sharded; take adamw"):
+        validate(TrainConfig, bad, source="test")
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_two_workers_one_killed_give_the_losses_of_one_process(
