@@ -89,7 +89,9 @@ def train_on_ray(job_config: Mapping[str, Any]) -> TrainOutcome:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     device = ray.train.torch.get_device() if job.use_gpu else torch.device("cpu")
-    if not job.use_gpu:
+    if job.use_gpu:
+        torch.cuda.set_device(device)  # where FSDP moves its shards
+    else:
         torch.set_num_threads(max(int(job.config.cpus_per_worker), 1))
     wrap = shard if job.config.sharding == "fsdp" else distributed
     trainer = build_trainer(job, device, rank=rank, world_size=world_size, wrap=wrap)
