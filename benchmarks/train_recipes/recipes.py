@@ -7,7 +7,7 @@ from typing import Any
 
 from medusa.training.schedule import HeadsLossConfig, JointConfig
 
-TOKENS, SOFT, LK = (HeadsLossConfig(kind=kind) for kind in ("tokens", "soft", "lk"))
+TOKENS, SOFT = HeadsLossConfig(kind="tokens"), HeadsLossConfig(kind="soft")
 HALF = HeadsLossConfig(kind="soft", tokens_share=0.5)
 COLD = HeadsLossConfig(kind="soft", teacher_temperature=0.7)
 
@@ -81,18 +81,10 @@ RECIPES = {
     "m1-soft-cold": Recipe(about="Medusa-1, soft targets at T 0.7", trainer=M1, loss=COLD),
     "m1-soft-half": Recipe(about="Medusa-1, soft targets and tokens", trainer=M1, loss=HALF),
     "m1-soft-4layers": Recipe(about="Medusa-1, soft targets, 4 layers", num_layers=4, trainer=M1, loss=SOFT),
-    "m1-lk": Recipe(about="Medusa-1, LK hybrid", trainer=M1, loss=LK),
-    "m1-lk-4layers": Recipe(about="Medusa-1, LK hybrid, 4 layers", num_layers=4, trainer=M1, loss=LK),
-    "m1-head-lr": Recipe(
-        about="Medusa-1, soft targets, later heads faster",
-        trainer=M1 | {"head_lr_scales": (1.0, 1.2, 1.5, 2.0)},
-        loss=SOFT,
-    ),
     "hydra": HYDRA,
     "hydra-soft": replace(HYDRA, about="Hydra, soft targets", loss=SOFT),
     "hydra-soft-2layers": replace(HYDRA, about="Hydra, soft targets, 2 layers", loss=SOFT, num_layers=2),
     "hydra-soft-4layers": replace(HYDRA, about="Hydra, soft targets, 4 layers", loss=SOFT, num_layers=4),
-    "hydra-lk-4layers": replace(HYDRA, about="Hydra, LK hybrid, 4 layers", loss=LK, num_layers=4),
     "m2-full": FULL,
     "m2-full-low": weighing(FULL, "Medusa-2, all weights, soft targets, lambda 0.03", 0.03),
     "m2-full-high": weighing(FULL, "Medusa-2, all weights, soft targets, lambda 0.3", 0.3),

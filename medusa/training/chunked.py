@@ -94,20 +94,17 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class TeacherLoss:
-    """Distance from a teacher's distribution, whose logits too exist for a chunk only. `teacher` gives the
+    """KL(teacher || student), the teacher's logits too existing for a chunk only. `teacher` gives the
     log-probabilities of some rows in the student's columns. Sums: loss, top-1 and top-5 hits
     of the targets, overlap of the two distributions (what a draft drawn from the one is accepted with by the other),
     rows that count.
 
-    `lk_eta` None: KL(teacher || student). Otherwise the LK hybrid w KL + (1 - w) TV, w = exp(-lk_eta * overlap), where
-    w has no gradient (arXiv 2602.23881). `tokens_share` of cross-entropy with the target is mixed in. Rows count where
-    they have a target.
+    `tokens_share` of cross-entropy with the target is mixed in. Rows count where they have a target.
     """
 
     teacher: Callable[[slice], Tensor]
     counts_N: Tensor
     targets_N: Tensor
-    lk_eta: float | None = None
     tokens_share: float = 0.0
     num_sums = 5
 
@@ -117,19 +114,13 @@ class TeacherLoss:
         with torch.no_grad():
             log_p_NV = self.teacher(rows)
             p_NV = log_p_NV.exp()
-        kl_N = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
-        # the smaller of the two is a choice per token: TV = 1 - overlap has the gradient of the student's share of it
-        with torch.set_grad_enabled(self.lk_eta is not None and torch.is_grad_enabled()):
             overlap_N = torch.minimum(p_NV, log_q_NV.exp()).sum(-1)
-        loss_N = kl_N
-        if self.lk_eta is not None:
-            weight_N = torch.exp(-self.lk_eta * overlap_N.detach())
-            loss_N = weight_N * kl_N + (1 - weight_N) * (1 - overlap_N)
+        loss_N = (p_NV * (log_p_NV - log_q_NV)).sum(-1)
         if self.tokens_share:
             token_N = cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="none")
             loss_N = (1 - self.tokens_share) * loss_N + self.tokens_share * token_N
         loss = (loss_N.double() * counts_N).sum()
-        overlap = (overlap_N.detach().double() * counts_N).sum()
+        overlap = (overlap_N.double() * counts_N).sum()
         return torch.stack([loss, *hits(logits_NV, targets_N), overlap, counts_N.sum()])
 
 

@@ -118,7 +118,7 @@ def heads_loss(
 ) -> HeadTotals:
     """Loss sums (with gradient) and hits of every head, in chunks of `chunk_size` rows. `cap` is Backbone.cap.
 
-    `ahead_NKd` are the embeddings that heads with `sees_path` are given; `teacher` is needed by the soft losses;
+    `ahead_NKd` are the embeddings that heads with `sees_path` are given; `teacher` is needed by soft targets;
     `cross_entropy` replaces the chunked one.
     """
     targets_NK = head_targets(heads, labels_NK)
@@ -136,7 +136,6 @@ def heads_loss(
             teacher_rows.ahead(k + 1),
             counts_N=labels_NK[:, k] != IGNORE,
             targets_N=targets_NK[:, k],
-            lk_eta=config.lk_eta if config.kind == "lk" else None,
             tokens_share=config.tokens_share,
         )
         sums = chunked(features_Nd, weight_Vd, row_loss, cap, num_sums=row_loss.num_sums, chunk_size=chunk_size)

@@ -18,13 +18,8 @@ Named = dict[str, nn.Parameter]
 
 
 def named_groups(heads: DraftHeads, model: nn.Module | None, config: TrainerConfig) -> dict[float, Named]:
-    """Rate scale -> what learns at it, by name. Biases too: a head's rate is that of all its parameters."""
-    scales = config.head_lr_scales or (1.0,) * heads.config.num_heads
-    if len(scales) != heads.config.num_heads:
-        raise ValueError(f"head_lr_scales names {len(scales)} heads, there are {heads.config.num_heads}; give one each")
-    groups: dict[float, Named] = {}
-    for name, parameter in heads.named_parameters():
-        groups.setdefault(scales[int(name.partition(".")[0])], {})[f"heads.{name}"] = parameter
+    """Rate scale -> what learns at it, by name. Biases too: the heads' rate is that of all their parameters."""
+    groups: dict[float, Named] = {1.0: {f"heads.{name}": parameter for name, parameter in heads.named_parameters()}}
     if model is not None and config.joint is not None:
         backbone = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
         groups.setdefault(1 / config.joint.heads_lr_scale, {}).update(backbone)

@@ -15,20 +15,15 @@ class HeadsLossConfig:
     """What a head learns from each position.
 
     `kind` "tokens": cross-entropy with the reply's token (the paper's). "soft": KL from the backbone's own distribution
-    for that token, at `teacher_temperature`. "lk": the LK hybrid, w KL + (1 - w) TV with w = exp(-`lk_eta` a), where a
-    is the overlap of the two distributions: total variation is what acceptance at temperature > 0 is made of, but has
-    no gradient to speak of while head and backbone are far apart. `tokens_share` mixes the token's own cross-entropy
-    into the other two.
+    for that token, at `teacher_temperature`; `tokens_share` mixes the token's own cross-entropy into it.
     """
 
-    kind: Literal["tokens", "soft", "lk"] = "soft"
+    kind: Literal["tokens", "soft"] = "soft"
     teacher_temperature: float = 1.0
-    lk_eta: float = 3.0
     tokens_share: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 < self.teacher_temperature < math.inf, "teacher_temperature", "above 0", self.teacher_temperature)
-        _require(0 <= self.lk_eta < math.inf, "lk_eta", "0 or more", self.lk_eta)
         _require(0 <= self.tokens_share <= 1, "tokens_share", "from 0 to 1", self.tokens_share)
 
 
@@ -84,9 +79,9 @@ class TrainerConfig:
     `batch_size` is rows a step over all workers, `micro_batch_size` rows a forward on one of them (None: all).
     `chunk_size` is rows of logits that exist at once. `hidden_cache_gib` is memory a worker may spend on
     keeping the base model's hidden states over epochs (0: compute them every epoch), main memory or, with
-    `hidden_cache_on` "device", the GPU's; joint training has it of its teacher's. `lr` is the heads' peak rate;
-    `head_lr_scales` multiplies it head by head. `packing` puts a forward's rows behind each other in one line,
-    without padding. `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
+    `hidden_cache_on` "device", the GPU's; joint training has it of its teacher's. `lr` is the heads' peak rate.
+    `packing` puts a forward's rows behind each other in one line, without padding.
+    `activation_checkpointing` computes the backbone's layers again in the backward (joint training).
     `cross_entropy`: "chunked" is the project's own; "liger" its fused kernels (GPU only); "auto" takes liger on a GPU
     where it is installed. `joint` null: the backbone stays frozen. `loss` null: `heads_loss` tells what is taken.
     """
@@ -107,7 +102,6 @@ class TrainerConfig:
     eps: float = 1e-8
     grad_clip: float | None = 1.0
     head_decay: float = 0.8
-    head_lr_scales: tuple[float, ...] | None = None
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     loss: HeadsLossConfig | None = None
     joint: JointConfig | None = None
@@ -138,8 +132,6 @@ class TrainerConfig:
         _require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "0 or more", self.warmup_steps)
         _require(all(0 <= beta < 1 for beta in self.betas), "betas", "each from 0 to below 1", self.betas)
         _require(self.grad_clip is None or self.grad_clip > 0, "grad_clip", "above 0, or null", self.grad_clip)
-        scales = self.head_lr_scales
-        _require(scales is None or min(scales, default=0) > 0, "head_lr_scales", "a number above 0 a head", scales)
         _require(
             self.hidden_cache_gib == 0 or self.joint is None or self.joint.needs_base,
             "hidden_cache_gib",

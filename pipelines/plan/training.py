@@ -22,7 +22,7 @@ MAX_GPUS = 64
 WEIGHT_BYTES = {16: 2.0, 8: 1.0, 4: 0.5625}  # 4 bits with a scale of 16 bits for each 32 weights
 MOMENT_BYTES = {"adamw": 8, "adamw_8bit": 2}
 # Of a chunk's logits in float32, what stands at once (counted by tests/pipelines/plan/test_plan_training.py).
-LOGITS_AT_ONCE = {"tokens": 4.25, "soft": 6.25, "lk": 7.75}
+LOGITS_AT_ONCE = {"tokens": 4.25, "soft": 6.25}
 TEACHER_AT_ONCE = 2.5  # of the backbone's, until they are cut to the heads' vocabulary
 NOT_SPREAD = ("activations of the backbone", "activations of the heads", "logits, one chunk", "runtime")  # by FSDP
 
@@ -31,13 +31,13 @@ NOT_SPREAD = ("activations of the backbone", "activations of the heads", "logits
 class Recipe:
     """What decides the cost of training. `method` "heads" trains the heads alone; "lora" and "full" the backbone too.
 
-    `loss` is what the heads learn from: all but "tokens" ask the backbone for its distribution. `heads_only_ratio` of
+    `loss` is what the heads learn from: "soft" asks the backbone for its distribution. `heads_only_ratio` of
     the steps train the heads alone. `distils` is the KL term against the model as it was.
     """
 
     heads: HeadsConfig
     kind: str = "medusa"
-    loss: Literal["tokens", "soft", "lk"] = "tokens"
+    loss: Literal["tokens", "soft"] = "tokens"
     method: Method = "heads"
     weight_bits: int = 16
     sharding: str = "ddp"
@@ -173,7 +173,7 @@ def columns_at_once(shape: ModelShape, recipe: Recipe) -> float:
     """Of a row of logits, at the peak of a chunk: a head's, or in joint training the language model's."""
     own = recipe.heads.head_vocab_size
     of_head = LOGITS_AT_ONCE[recipe.loss] * own
-    if recipe.loss != "tokens":
+    if recipe.loss == "soft":
         of_head = max(of_head, TEACHER_AT_ONCE * shape.vocab_size + 2 * own)
     if recipe.method == "heads":
         return of_head

@@ -107,13 +107,13 @@ def result(name: str, cold: float, warm: float, perplexities: tuple[float, ...] 
 
 
 def test_targets_are_decided_by_the_best_recipe_of_each_kind() -> None:
-    results = [result("m1-soft", 2.3, 1.71), result("m1-lk", 2.25, 1.6, kept=2.1), result("hydra", 2.6, 2.0)]
+    results = [result("m1-soft", 2.3, 1.71), result("m1-soft-cold", 2.25, 1.6, kept=2.1), result("hydra", 2.6, 2.0)]
     results += [result("m2-full", 3.1, 2.0, (1.001, 1.03)), result("m2-lora", 2.5, 1.9, (0.99, 1.004))]
     told = "\n".join(targets(results))
-    assert "Medusa-1, heldout_chat@0.0: 2.250 (m1-lk), target 2.2: reached" in told
-    assert "Medusa-1, heldout_chat@1.0: 1.600 (m1-lk), target 1.7: missed" in told  # the best on other rows
+    assert "Medusa-1, heldout_chat@0.0: 2.250 (m1-soft-cold), target 2.2: reached" in told
+    assert "Medusa-1, heldout_chat@1.0: 1.600 (m1-soft-cold), target 1.7: missed" in told  # the best on other rows
     assert "2.500 (m2-lora, perplexity +0.40% at most), target 2.7: missed" in told  # m2-full is not the base any more
-    assert "Hydra over Medusa-1: 1.156 (hydra over m1-lk), target 1.2: missed" in told
+    assert "Hydra over Medusa-1: 1.156 (hydra over m1-soft-cold), target 1.2: missed" in told
     assert "closest m2-full, +3.00%: missed" in targets(results[3:4])[0]
     old = {key: value for key, value in results[0].items() if key != "kept_back"}
     assert targets([old]) == ["- m1-soft: not judged, its result has no figure on rows kept back; train it again"]
@@ -176,19 +176,19 @@ def test_a_recipe_that_fails_is_told_and_the_others_go_on(
     def train_and_measure(name: str, *_: object) -> dict:
         if name == "m1-soft-fast":
             raise NonFiniteLossError(7, [1])
-        if name == "hydra-lk-4layers":
+        if name == "hydra-soft-4layers":
             raise torch.OutOfMemoryError("2 GiB wanted")
         return trained(name, beside_s=80.0)
 
     add_replies(tmp_path, [reply("train", n) for n in range(20)])
     monkeypatch.setattr(run, "train_and_measure", train_and_measure)
-    failing = "m1-soft-fast,m2-full,hydra-lk-4layers"
+    failing = "m1-soft-fast,m2-full,hydra-soft-4layers"
     call(monkeypatch, "train", "backbone", tmp_path, "--recipes", f"{failing},hydra")
     told = capsys.readouterr()
     assert "m2-full is left out" in told.err and "train m1-soft-4layers first" in told.err
     assert [path.name for path in (tmp_path / "results").glob("*.json")] == ["hydra.json"]
     written = (tmp_path / "results.md").read_text()
-    assert told.out == written + "\n" and "- hydra-lk-4layers failed: OutOfMemoryError: 2 GiB wanted" in written
+    assert told.out == written + "\n" and "- hydra-soft-4layers failed: OutOfMemoryError: 2 GiB wanted" in written
     assert "- m1-soft-fast failed: NonFiniteLossError: " in written
     monkeypatch.setattr(run, "train_and_measure", lambda name, *_: trained(name, beside_s=80.0))
     call(monkeypatch, "train", "backbone", tmp_path, "--recipes", failing)
