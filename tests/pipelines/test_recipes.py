@@ -50,7 +50,6 @@ SMALLER = [
     "train.trainer.warmup_steps=1",
     "train.trainer.batch_size=4",
     "train.trainer.max_length=64",
-    "train.trainer.optimizer=adamw",
     "calibrate.sizes=[2, 8]",
     "calibrate.width=4",
     "calibrate.batch_sizes=[1]",
