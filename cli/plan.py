@@ -21,7 +21,7 @@ from medusa.tree import TokenTree
 from pipelines.plan.figures import BASIS_WORDS, Figure, Figures, load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.serving import Load, ServePlan, expected_ladder, plan_serving
-from pipelines.plan.shapes import HeadsCost, ModelShape, model_shape
+from pipelines.plan.shapes import HeadsCost, HeadsKind, ModelShape, model_shape
 from pipelines.plan.training import Data, TrainPlan, plan_training
 from pipelines.run import load_pipeline
 
@@ -81,8 +81,11 @@ def serve(
     prompt_tokens: Annotated[int, typer.Option(help="Mean length of a prompt.")] = 300,
     reply_tokens: Annotated[int, typer.Option(help="Mean length of a reply.")] = 200,
     gpu: GpuOption = "h100-80gb",
-    heads: Annotated[str, typer.Option(help="A calibrated checkpoint, or heads, joint (Medusa-2) or none.")] = "heads",
-    num_heads: Annotated[int, typer.Option(help="Without a checkpoint.")] = 5,
+    heads: Annotated[
+        str, typer.Option(help="A calibrated checkpoint, or hydra, medusa (Medusa-1), joint (Medusa-2) or none.")
+    ] = "hydra",
+    num_heads: Annotated[int, typer.Option(help="Without a checkpoint.")] = 4,
+    num_layers: Annotated[int, typer.Option(help="Of a head, without a checkpoint.")] = 1,
     vocabulary: Annotated[str, typer.Option(help="own or shared, without a checkpoint.")] = "own",
     tokens_per_step: Annotated[float | None, typer.Option(help="With 64 nodes, where you measured it.")] = None,
     max_batch_size: Annotated[int, typer.Option(help="As the service is configured.")] = 256,
@@ -95,15 +98,18 @@ def serve(
     """
     figures = load_figures()
     shape = model_shape(model, figures.models)
-    kind = "joint" if heads == "joint" else "heads"
     cost: HeadsCost | None = None
     if heads == "none":
         ladder, basis = {1: 1.0}, Figure(1.0, "measured", "plain decoding")
-    elif heads in ("heads", "joint"):
-        cost = HeadsCost.of(_heads(shape, num_heads, vocabulary))
-        ladder, basis = expected_ladder(model, kind, figures, tokens_per_step)
-    else:
+    elif heads in ("hydra", "medusa", "joint"):
+        kind: HeadsKind = "hydra" if heads == "hydra" else "medusa"
+        cost = HeadsCost.of(_heads(shape, num_heads, num_layers, vocabulary), kind)
+        ladder, basis = expected_ladder(model, heads, figures, tokens_per_step)  # type: ignore[arg-type]
+    elif Path(heads).is_dir():
         cost, ladder, basis = _calibrated(Path(heads))
+    else:
+        said = f"{heads!r} is neither hydra, medusa, joint, none nor the folder of a calibrated checkpoint"
+        raise typer.BadParameter(said, param_hint="--heads")
     load = Load(requests_per_second=requests_per_second, prompt_tokens=prompt_tokens, reply_tokens=reply_tokens)
     plan = plan_serving(
         model,
@@ -123,13 +129,14 @@ def serve(
         _print_serving(model, load, plan, figures)
 
 
-def _heads(shape: ModelShape, num_heads: int, vocabulary: str) -> HeadsConfig:
+def _heads(shape: ModelShape, num_heads: int, num_layers: int, vocabulary: str) -> HeadsConfig:
     if vocabulary not in ("own", "shared"):
         raise typer.BadParameter(f"{vocabulary!r} is neither own nor shared", param_hint="--vocabulary")
     return HeadsConfig(
         hidden_size=shape.hidden_size,
         vocab_size=shape.vocab_size,
         num_heads=num_heads,
+        num_layers=num_layers,
         vocabulary=vocabulary,  # type: ignore[arg-type]
     )
 
@@ -138,7 +145,7 @@ def _calibrated(folder: Path) -> tuple[HeadsCost, Mapping[int, float], Figure]:
     """The ladder that calibration measured for these very heads."""
     meta = read_meta(folder)
     if meta.calibration is None or not meta.calibration.tokens_per_step:
-        raise ConfigError(f"{folder} is not calibrated; run `medusa calibrate`, or give --heads heads")
+        raise ConfigError(f"{folder} is not calibrated; run `medusa calibrate`, or give --heads {meta.head_kind}")
     sizes = [TokenTree.from_paths(paths).num_nodes for paths in meta.trees]
     ladder = {1: 1.0} | dict(zip(sizes, meta.calibration.tokens_per_step, strict=True))
     return (

@@ -26,7 +26,8 @@ def scale(
     rows_per_block: Annotated[int, typer.Option(help="Prompts that an actor is given at a time.")] = 64,
     merge_chunks: Annotated[float, typer.Option(help="Seconds between chunks of a stream (merge_chunks_s).")] = 0.02,
     step_tokens: Annotated[int, typer.Option(help="Training tokens a step, a GPU.")] = 16384,
-    num_heads: Annotated[int, typer.Option(help="Heads to train.")] = 4,
+    heads: Annotated[str, typer.Option(help="Heads to train: hydra, or medusa (Medusa-1).")] = "hydra",
+    num_heads: Annotated[int, typer.Option(help="How many.")] = 4,
     vocabulary: Annotated[str, typer.Option(help="Of the heads: own or shared.")] = "own",
     node_gpus: Annotated[int, typer.Option(help="GPUs of a node.")] = 8,
     inside: Annotated[str, typer.Option(help="The link of a node's GPUs, of figures.yaml.")] = "nvlink-4",
@@ -50,6 +51,7 @@ def scale(
         rows_per_block=rows_per_block,
         merge_chunks_s=merge_chunks,
         step_tokens=step_tokens,
+        heads=heads,  # type: ignore[arg-type]
         num_heads=num_heads,
         vocabulary=vocabulary,
         node_gpus=node_gpus,

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from medusa.config import ConfigError, load_config, strict
-from pipelines.plan.shapes import ModelShape
+from medusa.heads import HeadsConfig
+from pipelines.plan.shapes import HeadsCost, HeadsKind, ModelShape
 
 FIGURES = Path(__file__).with_name("figures.yaml")
 SIMILAR = 4.0  # a measurement speaks for models up to so much larger or smaller
@@ -54,6 +55,32 @@ class DecodeRow:
 
 @strict
 @dataclass(frozen=True, kw_only=True)
+class TreeStepsRow:
+    """Steps with heads, as multiples of a plain step: `over_plain[batch][nodes]`."""
+
+    gpu: str
+    model: str
+    kind: HeadsKind
+    num_heads: int = 4
+    num_layers: int = 1
+    vocabulary: Literal["own", "shared"]
+    context: int
+    over_plain: dict[int, dict[int, float]]
+    source: str
+
+    def cost(self, shape: ModelShape) -> HeadsCost:
+        heads = HeadsConfig(
+            hidden_size=shape.hidden_size,
+            vocab_size=shape.vocab_size,
+            num_heads=self.num_heads,
+            num_layers=self.num_layers,
+            vocabulary=self.vocabulary,
+        )
+        return HeadsCost.of(heads, self.kind)
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
 class TrainRow:
     gpu: str
     model: str
@@ -66,6 +93,7 @@ class TrainRow:
 @dataclass(frozen=True, kw_only=True)
 class LadderRow:
     model: str
+    kind: HeadsKind
     temperature: float
     nodes: dict[int, float]
     source: str
@@ -110,6 +138,7 @@ class RepliesRow:
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     decode: list[DecodeRow] = field(default_factory=list)
+    tree_steps: list[TreeStepsRow] = field(default_factory=list)
     train: list[TrainRow] = field(default_factory=list)
     tokens_per_step: list[LadderRow]
     ray: list[RayRow]
@@ -120,7 +149,7 @@ class Measured:
 @dataclass(frozen=True, kw_only=True)
 class PublishedRow:
     model: str
-    heads: float | None
+    medusa: float | None
     joint: float | None
     source: str
 
@@ -139,7 +168,7 @@ class Assumptions:
     step_overhead_us_per_layer: float
     prefill_compute_share: float
     train_compute_share: dict[Method, float]
-    tokens_per_step_64: dict[Literal["heads", "joint"], float]
+    tokens_per_step_64: dict[Literal["medusa", "joint"], float]
     memory_share: float
     runtime_gb: float
     utilisation: float

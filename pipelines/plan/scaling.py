@@ -19,9 +19,9 @@ from pipelines.plan.collectives import Network
 from pipelines.plan.data_parallel import ScaledStep, ddp_step, fsdp_step, step_work
 from pipelines.plan.figures import Basis, Figure, Figures, Method, weakest
 from pipelines.plan.parallel_work import Distilled, Engines, Served, distil, serve
-from pipelines.plan.shapes import ModelShape
+from pipelines.plan.shapes import HeadsKind, ModelShape
 from pipelines.plan.speed import Machine, decode_step, prefill, train_speed
-from pipelines.plan.training import Recipe, flops_per_token
+from pipelines.plan.training import Recipe, as_measured, flops_per_token
 
 REPLIES_A_CLIENT = 8  # of a serving run
 MAX_GPUS = 64
@@ -31,7 +31,8 @@ MAX_GPUS = 64
 class Question:
     """What is scaled. `batch` is replies at once an engine, for distillation and serving; `rows` prompts an actor;
     `merge_chunks_s` the service's setting: under load the chunks of a stream are that far apart. `step_tokens` training
-    tokens a GPU and step. `inside` and `across` are links of figures.yaml."""
+    tokens a GPU and step. `heads` is the kind to train: alone Hydra's learn soft targets and Medusa's tokens, in
+    Medusa-2 both learn tokens. `inside` and `across` are links of figures.yaml."""
 
     gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     prompt_tokens: int = 300
@@ -41,6 +42,7 @@ class Question:
     rows_per_block: int = 64
     merge_chunks_s: float = 0.02
     step_tokens: int = 16384
+    heads: HeadsKind = "hydra"
     num_heads: int = 4
     vocabulary: str = "own"
     node_gpus: int = 8
@@ -53,6 +55,8 @@ class Question:
         wrong = {name: value for name, value in numbers.items() if value < 1}
         if wrong or not self.gpus or not all(1 <= n <= MAX_GPUS for n in self.gpus):
             raise ConfigError(f"numbers are from 1 on and GPUs at most {MAX_GPUS}, got {wrong or self.gpus}")
+        if self.heads not in ("hydra", "medusa"):
+            raise ConfigError(f"heads to train are hydra or medusa (Medusa-1's), got {self.heads!r}")
         if self.vocabulary not in ("own", "shared"):
             raise ConfigError(f"heads' vocabulary is own or shared, got {self.vocabulary!r}")
         for gpus in self.gpus:
@@ -209,13 +213,16 @@ def _recipes(shape: ModelShape, question: Question) -> Iterator[tuple[str, Metho
         num_heads=question.num_heads,
         vocabulary=question.vocabulary,  # type: ignore[arg-type]
     )
-    yield "medusa-1", "heads", Recipe(heads=heads)
-    yield "medusa-2", "lora", Recipe(heads=heads, method="lora", distils=True, checkpointing=True)
+    if question.heads == "hydra":
+        yield "hydra", "heads", Recipe(heads=heads, kind="hydra", loss="soft")
+    else:
+        yield "medusa-1", "heads", Recipe(heads=heads)
+    yield "medusa-2", "lora", Recipe(heads=heads, kind=question.heads, method="lora", distils=True, checkpointing=True)
 
 
 def _speed(machine: Machine, method: Method, recipe: Recipe, reply_share: float) -> Figure:
-    flops = flops_per_token(machine.shape, recipe, reply_share)[1]
-    return train_speed(machine, method, flops, flops)
+    flops, measured = (flops_per_token(machine.shape, r, reply_share)[1] for r in (recipe, as_measured(recipe)))
+    return train_speed(machine, method, flops, measured)
 
 
 def _network(figures: Figures, question: Question) -> Network:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from medusa.config import ConfigError
-from pipelines.plan.figures import Basis, Figure, Figures, weakest
+from pipelines.plan.figures import Basis, Figure, Figures, LadderRow, weakest
 from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
 from pipelines.plan.speed import Machine, decode_step, prefill
 
@@ -164,21 +165,32 @@ def _capacity(point: Point) -> float:
 
 
 def expected_ladder(
-    model: str, kind: str, figures: Figures, at_64: float | None = None
+    model: str, heads: Literal["hydra", "medusa", "joint"], figures: Figures, at_64: float | None = None
 ) -> tuple[dict[int, float], Figure]:
-    """Tokens a step by nodes for a model without a calibrated checkpoint: its 64-node figure (given, published, or
-    assumed), and the shape of the one ladder that was measured."""
-    shape = figures.measured.tokens_per_step[0]
-    published = {row.model: row for row in figures.published.tokens_per_step}
-    row = published.get(model)
-    known = None if row is None else (row.heads if kind == "heads" else row.joint)
-    if at_64 is not None:
-        basis = Figure(at_64, "measured", "given with --tokens-per-step")
-    elif known is not None and row is not None:
-        basis = Figure(known, "published", row.source)
-    else:
-        basis = Figure(figures.assumptions.tokens_per_step_64[kind], "estimate", "assumed")  # type: ignore[index]
-    top = max(shape.nodes)
-    scale = (basis.value - 1) / (shape.nodes[top] - 1)
-    ladder = {nodes: 1 + (tokens - 1) * scale for nodes, tokens in sorted(shape.nodes.items())}
+    """Tokens a step by nodes for a model without a calibrated checkpoint: its 64-node figure (given, published, as
+    measured of another model's Hydra heads, or assumed), and the shape of the ladder that was measured for such heads.
+    "joint" is Medusa-2 with Medusa's heads."""
+    kind = "hydra" if heads == "hydra" else "medusa"
+    measured = next(row for row in figures.measured.tokens_per_step if row.kind == kind)
+    top = max(measured.nodes)
+    basis = _tokens_at_64(model, heads, figures, measured) if at_64 is None else _given(at_64)
+    scale = (basis.value - 1) / (measured.nodes[top] - 1)
+    ladder = {nodes: 1 + (tokens - 1) * scale for nodes, tokens in sorted(measured.nodes.items())}
     return ladder, basis
+
+
+def _given(tokens: float) -> Figure:
+    return Figure(tokens, "measured", "given with --tokens-per-step")
+
+
+def _tokens_at_64(
+    model: str, heads: Literal["hydra", "medusa", "joint"], figures: Figures, measured: LadderRow
+) -> Figure:
+    if heads == "hydra":  # a small model's, so an estimate for any other
+        how = f"as {measured.model}'s Hydra heads at temperature {measured.temperature:g}: {measured.source}"
+        return Figure(measured.nodes[max(measured.nodes)], "estimate", how)
+    for row in figures.published.tokens_per_step:
+        known = row.medusa if heads == "medusa" else row.joint
+        if row.model == model and known is not None:
+            return Figure(known, "published", row.source)
+    return Figure(figures.assumptions.tokens_per_step_64[heads], "estimate", "assumed")

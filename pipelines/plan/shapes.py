@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from medusa.config import ConfigError, strict
 from medusa.heads import HeadsConfig
 
 BF16 = 2  # bytes
+HeadsKind = Literal["medusa", "hydra"]
 
 
 @strict
@@ -79,23 +80,24 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class HeadsCost:
-    """Heads in numbers: `parameters` of their own, those that a step reads (a shared LM head once more), and those that
-    one row is multiplied by."""
+    """Heads in numbers: `parameters` of their own, those that a step reads (a shared LM head once more, by Hydra
+    once for each head, as its heads run one after another), and those that one row is multiplied by."""
 
     parameters: int
     read: int
     multiplied: int
+    kind: HeadsKind = "medusa"
 
     @classmethod
-    def of(cls, heads: HeadsConfig, kind: str = "medusa") -> HeadsCost:
+    def of(cls, heads: HeadsConfig, kind: HeadsKind = "medusa") -> HeadsCost:
         blocks, matrix = block_parameters(heads, kind), heads.head_vocab_size * heads.hidden_size
         matrices = heads.num_heads * matrix
         if heads.vocabulary == "shared":
-            return cls(blocks, blocks + matrix, blocks + matrices)
-        return cls(blocks + matrices, blocks + matrices, blocks + matrices)
+            return cls(blocks, blocks + (matrices if kind == "hydra" else matrix), blocks + matrices, kind)
+        return cls(blocks + matrices, blocks + matrices, blocks + matrices, kind)
 
 
-def block_parameters(heads: HeadsConfig, kind: str = "medusa") -> int:
+def block_parameters(heads: HeadsConfig, kind: HeadsKind = "medusa") -> int:
     """Of the residual blocks. Hydra's head k reads k + 1 embeddings beside the hidden state in its first block."""
     d, count = heads.hidden_size, heads.num_heads
     seen_tokens = count * (count + 1) // 2 if kind == "hydra" else 0

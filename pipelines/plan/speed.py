@@ -1,6 +1,7 @@
 """How long things take: a formula from the GPU's data sheet, corrected by measurements where there are any.
 
     decode step   max(bytes / (bandwidth * share), flops / (rate * share)) + layers * overhead
+                  with a tree: the plain step * a measured ratio of such steps, where there is one
     prefill       flops / (rate * share)
     training      flops a token / (rate * share)
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipelines.plan.figures import Figure, Figures, Gpu, Method
+from pipelines.plan.figures import Figure, Figures, Gpu, Method, weakest
 from pipelines.plan.shapes import BF16, HeadsCost, ModelShape
 
 TERA = 1e12
@@ -34,6 +35,18 @@ class Machine:
 
 def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsCost | None) -> Figure:
     """Seconds of one step of `batch` sequences with trees of `nodes` over `context` tokens each."""
+    step = _corrected_step(machine, batch, nodes, context, heads)
+    if step.basis == "measured" or heads is None or nodes == 1:
+        return step
+    ratio = _over_plain(machine, batch, nodes, context, heads)
+    if ratio is None:
+        return step
+    plain = _corrected_step(machine, batch, 1, context, None)
+    return Figure(plain.value * ratio.value, weakest(plain, ratio), f"{ratio.how}; the plain step: {plain.how}")
+
+
+def _corrected_step(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsCost | None) -> Figure:
+    """As measured, else the formula times the ratio by which it misses the nearest measured step."""
     formula = decode_formula(machine, machine.shape, batch, nodes, context, heads)
     for name in machine.figures.similar(machine.model, machine.shape.parameters):
         rows = [row for row in machine.figures.measured.decode if (row.gpu, row.model) == (machine.gpu_name, name)]
@@ -49,6 +62,42 @@ def decode_step(machine: Machine, batch: int, nodes: int, context: int, heads: H
         how = f"formula * {near.seconds / said:.2f}, as {name} at {shape} ({near.source})"
         return Figure(formula * near.seconds / said, "derived", how)
     return Figure(formula, "estimate", "bytes and flops of the data sheet at assumed shares")
+
+
+def _over_plain(machine: Machine, batch: int, nodes: int, context: int, heads: HeadsCost) -> Figure | None:
+    """A step with a tree over a plain one: the nearest that was measured with heads of this kind, moved to this shape
+    as the formula's own ratio moves. None where no such steps were measured."""
+    for name in machine.figures.similar(machine.model, machine.shape.parameters):
+        shape = machine.figures.models[name]
+        measured = [
+            (near_batch, near_nodes, ratio, row)
+            for row in machine.figures.measured.tree_steps
+            if (row.gpu, row.model, row.kind) == (machine.gpu_name, name, heads.kind)
+            for near_batch, by_nodes in row.over_plain.items()
+            for near_nodes, ratio in by_nodes.items()
+        ]
+        if not measured:
+            continue
+        near_batch, near_nodes, ratio, row = min(
+            measured,
+            key=lambda one: (
+                _distance(one[0], batch) + _distance(one[1], nodes),
+                abs(one[3].cost(shape).read - heads.read),
+            ),
+        )
+        said = _formula_over_plain(machine, shape, near_batch, near_nodes, row.context, row.cost(shape))
+        moved = ratio * _formula_over_plain(machine, machine.shape, batch, nodes, context, heads) / said
+        at = f"{near_batch} x {near_nodes}, {row.vocabulary} vocabulary, layers a head: {row.num_layers}"
+        how = f"{moved:.2f} plain steps, by the {ratio:.2f} of {name} with {row.kind} heads at {at} ({row.source})"
+        return Figure(moved, "derived", how)
+    return None
+
+
+def _formula_over_plain(
+    machine: Machine, shape: ModelShape, batch: int, nodes: int, context: int, heads: HeadsCost
+) -> float:
+    plain = decode_formula(machine, shape, batch, 1, context, None)
+    return decode_formula(machine, shape, batch, nodes, context, heads) / plain
 
 
 def decode_formula(

@@ -13,7 +13,7 @@ from typing import Literal
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig
 from pipelines.plan.figures import Figure, Figures, Method, weakest
-from pipelines.plan.shapes import BF16, HeadsCost, ModelShape, block_parameters
+from pipelines.plan.shapes import BF16, HeadsCost, HeadsKind, ModelShape, block_parameters
 from pipelines.plan.speed import Machine, decode_step, prefill, train_speed
 
 GIB = 2**30
@@ -36,7 +36,7 @@ class Recipe:
     """
 
     heads: HeadsConfig
-    kind: str = "medusa"
+    kind: HeadsKind = "medusa"
     loss: Literal["tokens", "soft"] = "tokens"
     method: Method = "heads"
     weight_bits: int = 16
@@ -211,6 +211,11 @@ def flops_per_token(shape: ModelShape, recipe: Recipe, reply_share: float) -> tu
     return alone, joint
 
 
+def as_measured(recipe: Recipe) -> Recipe:
+    """Training speed was measured with Medusa's heads on tokens."""
+    return replace(recipe, kind="medusa", loss="tokens")
+
+
 def _teacher_flops(shape: ModelShape, recipe: Recipe, reply_share: float) -> float:
     """The backbone's distribution for the heads: once where a chunk holds all rows of a forward, else for each head."""
     if recipe.loss == "tokens":
@@ -222,8 +227,7 @@ def _teacher_flops(shape: ModelShape, recipe: Recipe, reply_share: float) -> flo
 def _train_hours(machine: Machine, recipe: Recipe, data: Data, count: int) -> Figure:
     reply_share = data.reply_tokens / (data.prompt_tokens + data.reply_tokens)
     alone, joint = flops_per_token(machine.shape, recipe, reply_share)
-    # training was measured with Medusa's heads on tokens
-    measured = flops_per_token(machine.shape, replace(recipe, kind="medusa", loss="tokens"), reply_share)
+    measured = flops_per_token(machine.shape, as_measured(recipe), reply_share)
     tokens = data.tokens * recipe.epochs / count
     first = tokens * (recipe.heads_only_ratio if recipe.method != "heads" else 1.0)
     speeds = [train_speed(machine, "heads", alone, measured[0])] if first else []

@@ -161,12 +161,26 @@ def test_a_plan_starts_at_one_and_names_every_input():
         for worst, best in (row.one_proxy, row.proxy_a_node):
             assert 0 < worst <= best * 1.02 and best < 1.1
         assert len(limits(row)) == 2 + len(row.training)
-    assert {"medusa-1 ddp", "medusa-1 fsdp", "medusa-2 ddp", "medusa-2 fsdp"} == set(one.training)
+    assert {"hydra ddp", "hydra fsdp", "medusa-2 ddp", "medusa-2 fsdp"} == set(one.training)
     assert all(figure.how and figure.value > 0 for figure in plan.inputs.values())
     assert plan.inputs["step of 8 replies, s"].basis == "derived"
     assert plan.inputs["proxy, CPU s a reply, all threads"].basis == "derived"  # of requests and chunks, measured apart
     assert plan.inputs["reply, mean tokens"].basis == "estimate"  # what was asked for
     assert plan_scaling(VICUNA, SHAPE, "h200-141gb", FIGURES, SMALL) == plan
+
+
+def test_hydra_is_what_grows_unless_medusa_1_is_asked_for():
+    hydra, medusa = (
+        plan_scaling(VICUNA, SHAPE, "h200-141gb", FIGURES, question)
+        for question in (SMALL, replace(SMALL, heads="medusa"))
+    )
+    assert set(medusa.rows[0].training) == {"medusa-1 ddp", "medusa-1 fsdp", "medusa-2 ddp", "medusa-2 fsdp"}
+    assert medusa.basis["medusa-1"] == medusa.basis["medusa-2"] == "measured"  # this very recipe's speed
+    assert hydra.basis["hydra"] == hydra.basis["medusa-2"] == "derived"
+    sent = [plan.rows[-1].training["medusa-2 ddp"].communication for plan in (hydra, medusa)]
+    assert sent[0] > 1.2 * sent[1]  # ten matrices more for the tokens that its heads see
+    slower = [plan.inputs[f"{name}, tokens/s"].value for plan, name in ((hydra, "hydra"), (medusa, "medusa-1"))]
+    assert slower[0] < slower[1] and hydra.rows[-1].distil == medusa.rows[-1].distil
 
 
 def test_slower_links_and_more_chunks_cost_their_part():
@@ -175,7 +189,7 @@ def test_slower_links_and_more_chunks_cost_their_part():
         plan_scaling(VICUNA, SHAPE, "h200-141gb", FIGURES, replace(two_nodes, across=link)).rows[0]
         for link in ("ndr-400", "ethernet-100")
     )
-    assert ethernet.training["medusa-1 fsdp"].share < infiniband.training["medusa-1 fsdp"].share
+    assert ethernet.training["hydra fsdp"].share < infiniband.training["hydra fsdp"].share
     assert ethernet.distil == infiniband.distil
     merged = plan_scaling(VICUNA, SHAPE, "h200-141gb", FIGURES, replace(two_nodes, merge_chunks_s=0.5)).rows[0]
     assert merged.served_by_one.worst.proxy_share < infiniband.served_by_one.worst.proxy_share
@@ -187,6 +201,7 @@ def test_slower_links_and_more_chunks_cost_their_part():
         ({"gpus": (128,)}, "GPUs at most 64"),
         ({"gpus": (12,)}, "12 GPUs do not fill nodes of 8"),
         ({"batch": 0}, "batch"),
+        ({"heads": "joint"}, "hydra or medusa"),
         ({"vocabulary": "truncated"}, "own or shared"),
     ],
 )
@@ -203,6 +218,6 @@ def test_an_unknown_link_is_refused_with_those_that_are_known():
 def test_a_measured_step_speaks_as_it_is_only_for_its_own_context():
     machine = Machine(VICUNA, SHAPE, "h200-141gb", FIGURES)
     here = decode_step(machine, 64, 1, 1000, None)
-    assert (here.value, here.basis) == (0.01263, "measured")
+    assert (here.value, here.basis) == (0.012491, "measured")
     shorter = decode_step(machine, 64, 1, 400, None)
     assert shorter.basis == "derived" and shorter.value < here.value

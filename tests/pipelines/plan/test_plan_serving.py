@@ -20,7 +20,7 @@ LOAD = Load(requests_per_second=40, prompt_tokens=300, reply_tokens=200)
 
 
 def plan(load=LOAD, model=VICUNA, heads=HEADS, gpu="h100-80gb", figures=FIGURES, **asked):
-    ladder, basis = expected_ladder(model, "heads", figures)
+    ladder, basis = expected_ladder(model, "medusa", figures)
     return plan_serving(model, figures.models[model], heads, ladder, basis, load, gpu, figures, **asked)
 
 
@@ -102,10 +102,61 @@ def test_ladders_end_at_the_figure_that_is_known():
     published, basis = expected_ladder(VICUNA, "joint", FIGURES)
     assert (published[1], published[64], basis.basis) == (1.0, pytest.approx(3.47), "published")
     assert list(published.values()) == sorted(published.values())
-    _, assumed = expected_ladder("Qwen/Qwen3-8B", "heads", FIGURES)
+    _, assumed = expected_ladder("Qwen/Qwen3-8B", "medusa", FIGURES)
     assert assumed.basis == "estimate"
-    given, basis = expected_ladder("Qwen/Qwen3-8B", "heads", FIGURES, at_64=2.2)
+    given, basis = expected_ladder("Qwen/Qwen3-8B", "medusa", FIGURES, at_64=2.2)
     assert given[64] == pytest.approx(2.2) and basis.basis == "measured"
+
+
+def test_hydra_heads_have_the_ladder_that_was_measured():
+    for model in (VICUNA, "Qwen/Qwen3-8B"):  # no figure published for Medusa's heads speaks for these
+        ladder, basis = expected_ladder(model, "hydra", FIGURES)
+        assert list(ladder.values()) == pytest.approx([1.0, 1.509, 1.896, 2.198, 2.418, 2.613, 2.767])
+        assert (basis.value, basis.basis) == (2.767, "estimate") and "chat-28m" in basis.how
+    given, basis = expected_ladder(VICUNA, "hydra", FIGURES, at_64=1.0 + 1.767 / 2)
+    assert given[2] == pytest.approx(1.2545) and basis.basis == "measured"
+
+
+def heads_cost(kind, **shape):
+    return HeadsCost.of(HeadsConfig(hidden_size=4096, vocab_size=32000, num_heads=4, **shape), kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "batch", "nodes", "ratio"),
+    [
+        ("hydra", {"vocabulary": "shared"}, 16, 8, 1.262),
+        ("hydra", {"vocabulary": "shared"}, 1, 64, 1.316),
+        ("hydra", {"num_layers": 4}, 1, 64, 1.349),
+        ("medusa", {}, 1, 64, 1.274),
+        ("medusa", {"vocabulary": "shared"}, 1, 64, 1.227),
+    ],
+)
+def test_steps_with_trees_take_as_many_plain_ones_as_was_measured(kind, shape, batch, nodes, ratio):
+    machine = Machine(VICUNA, FIGURES.models[VICUNA], "h200-141gb", FIGURES)
+    plain = decode_step(machine, batch, 1, 1000, None)
+    step = decode_step(machine, batch, nodes, 1000, heads_cost(kind, **shape))
+    assert step.value == pytest.approx(ratio * plain.value) and (plain.basis, step.basis) == ("measured", "derived")
+    assert f"{ratio:.2f} of {VICUNA} with {kind} heads at {batch} x {nodes}" in step.how
+
+
+def test_ratios_speak_for_other_shapes_and_not_for_other_gpus():
+    machine = Machine(VICUNA, FIGURES.models[VICUNA], "h200-141gb", FIGURES)
+    hydra, medusa = heads_cost("hydra"), heads_cost("medusa")
+    for nodes in (8, 16, 32, 64):
+        plain, slow, fast = (
+            decode_step(machine, 1, n, 400, c).value for n, c in ((1, None), (nodes, hydra), (nodes, medusa))
+        )
+        assert plain < fast < slow
+    zephyr = "HuggingFaceH4/zephyr-7b-beta"
+    other = decode_step(Machine(zephyr, FIGURES.models[zephyr], "h200-141gb", FIGURES), 1, 64, 1000, hydra)
+    assert other.basis == "derived" and "hydra heads at 1 x 64" in other.how
+    elsewhere = decode_step(replace(machine, gpu_name="h100-80gb"), 1, 64, 1000, hydra)
+    assert elsewhere.basis == "estimate" and "plain steps" not in elsewhere.how
+    rows = [
+        DecodeRow(gpu="h200-141gb", model=VICUNA, batch=1, nodes=64, context=1000, seconds=0.005, source="docs/x.md")
+    ]
+    told = replace(FIGURES, measured=replace(FIGURES.measured, decode=rows))
+    assert decode_step(replace(machine, figures=told), 1, 64, 1000, hydra).value == 0.005  # a measured step comes first
 
 
 @pytest.mark.parametrize("changes", [{"requests_per_second": 0}, {"reply_tokens": 0}, {"prompt_tokens": -1}])

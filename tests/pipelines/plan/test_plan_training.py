@@ -61,6 +61,8 @@ def test_adapters_and_heads_have_their_real_sizes(tiny_llama):
         for kind, made in (("medusa", MedusaHeads), ("hydra", HydraHeads)):
             assert HeadsCost.of(config, kind).parameters == sum(p.numel() for p in made(config, token_map).parameters())
     shared, own = (HeadsCost.of(HeadsConfig(hidden_size=16, vocab_size=40, vocabulary=v)) for v in ("shared", "own"))
+    hydra = [HeadsCost.of(HeadsConfig(hidden_size=16, vocab_size=40, vocabulary=v), "hydra") for v in ("shared", "own")]
+    assert hydra[0].read == hydra[1].read > hydra[0].parameters + 40 * 16  # the LM head anew for each head
     assert shared.multiplied == own.multiplied and shared.parameters < shared.read < own.read == own.parameters
 
 
@@ -84,12 +86,18 @@ def test_known_models_have_the_sizes_they_are_named_for():
 
 def test_every_measured_figure_stands_in_a_document():
     rows = FIGURES_READ.measured
-    for row in (*rows.decode, *rows.train, *rows.tokens_per_step):
+    for row in (*rows.decode, *rows.tree_steps, *rows.train, *rows.tokens_per_step):
         document = ROOT / row.source.partition(",")[0]
         assert document.is_file(), f"{row.source}: a measurement names the document that holds its command"
     for row in rows.tokens_per_step:
         text = (ROOT / row.source.partition(",")[0]).read_text()
-        assert all(f"{tokens:.2f}" in text for tokens in row.nodes.values()), row
+        digits = 3 if any(round(tokens, 2) != tokens for tokens in row.nodes.values()) else 2
+        assert all(f"{tokens:.{digits}f}" in text for nodes, tokens in row.nodes.items() if nodes > 1), row
+    performance = (ROOT / "docs/performance.md").read_text()
+    assert all(f"{row.seconds * 1e3:.3f}" in performance for row in rows.decode)
+    for row in rows.tree_steps:
+        ratios = [ratio for by_nodes in row.over_plain.values() for ratio in by_nodes.values()]
+        assert all(f"{ratio:.3f}" in performance for ratio in ratios), row
 
 
 def test_without_measurements_everything_is_called_an_estimate():
