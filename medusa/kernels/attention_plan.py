@@ -56,7 +56,8 @@ class AttentionPlan:
         num_kv_heads: int,
         processors: int,
     ) -> AttentionPlan:
-        """The plan that was fastest in whole steps on a Hopper GPU (docs/performance.md), for trees or for chains.
+        """A plan for trees or for chains. Those for trees were the fastest of what was tried in graphs of a 7B decoder
+        on a Hopper GPU, at the shapes of docs/performance.md.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
         plan spills registers with heads of 128 in 16 bits, on an A100 either.
@@ -78,7 +79,7 @@ class AttentionPlan:
         """Programs for every multiprocessor about twice over."""
         rows = 16 if packed <= 16 else 32 if packed <= 32 else MAX_ROWS
         splits = _few_splits(heads * triton.cdiv(packed, rows), processors)
-        tree_columns = 16 if max_nodes <= 16 else 32
+        tree_columns = _tree_columns(max_nodes)
         if rows == MAX_ROWS:
             columns, warps = (32, 4) if splits == 1 else (64, 8)
             return cls(splits, rows, columns, max_nodes, tree_columns, warps)
@@ -90,7 +91,7 @@ class AttentionPlan:
         multiprocessor holds three; where they do not, in programs so small that it holds more."""
         if programs > 3 * processors:
             return cls(1, 16, 32, max_nodes, tree_columns=16, warps=2, stages=PIPELINED)
-        tree_columns = 16 if max_nodes <= 16 else 32
+        tree_columns = _tree_columns(max_nodes)
         splits = _odd_splits(programs, (3 if group == 1 else 2) * processors)
         return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=IN_PLACE)
 
@@ -110,8 +111,13 @@ class AttentionPlan:
         """Where heads share keys and tiles of 16 rows are fewer than processors, but with all their splits three
         quarters of them at least: they read the keys again, from L2, but each is done sooner."""
         splits = min(IN_PLACE, _power_of_two(2 * processors / programs))
-        tree_columns = 16 if max_nodes <= 16 else 32
+        tree_columns = _tree_columns(max_nodes)
         return cls(splits, 16, 64, max_nodes, tree_columns, stages=PIPELINED, merged_in_place=IN_PLACE)
+
+
+def _tree_columns(max_nodes: int) -> int:
+    """How many of a step's own nodes a tile takes at a time, where it has no reason to take others."""
+    return 16 if max_nodes <= 16 else 32
 
 
 def _odd_splits(programs: int, room: int) -> int:
