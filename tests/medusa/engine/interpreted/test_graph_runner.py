@@ -15,6 +15,7 @@ import torch
 from medusa import Engine, MedusaHeads, SamplingParams
 from medusa.decoding import Typical
 from medusa.engine.graph_runner import GraphRunner
+from medusa.engine.kv_cache import PAGE_SIZE
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
@@ -148,6 +149,24 @@ def test_preempted_sequences_go_on_where_they_were(llama):
     completions = assert_equal_runs(engines, prompts, params(max_tokens=13, temperature=0.8), TREES[8])
     assert all(engine.stats().preemptions > 0 for engine in engines)
     assert [len(c.token_ids) for c in completions] == [13] * 3
+
+
+def test_a_second_turn_finds_the_pages_of_the_first_and_leaves_them_as_they_are(llama):
+    """The page holds a prompt and the drafts that were accepted behind it; two requests then decode on it at once."""
+    engines = [build(kind, llama) for kind in (Engine, GraphEngine)]
+    prompts = random_prompts([PAGE_SIZE - 5], vocab=VOCAB, seed=4)
+    (first,) = assert_equal_runs(engines, prompts, params(max_tokens=8), TREES[8])
+    assert max(first.accepted_per_step[:3]) > 1
+    text = [*first.prompt_token_ids, *first.token_ids]
+    turns = [[*text, 7, 8], [*text, 9]]
+    pages = [[*engine._cache.pool._digest_of] for engine in engines]
+    assert [len(known) for known in pages] == [1, 1]
+    before = [engine._cache.data[:, :, known].clone() for engine, known in zip(engines, pages, strict=True)]
+    torch.testing.assert_close(before[1], before[0], atol=1e-4, rtol=1e-3)
+    assert_equal_runs(engines, turns, params(max_tokens=4, temperature=0.7), TREES[8])
+    for engine, known, content in zip(engines, pages, before, strict=True):
+        assert engine.stats().reused_tokens == 2 * PAGE_SIZE
+        assert torch.equal(engine._cache.data[:, :, known], content)
 
 
 def test_a_reply_that_fills_the_context(llama):
