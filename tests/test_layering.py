@@ -142,6 +142,21 @@ def test_no_imports_run_in_a_circle() -> None:
         visit(module, ())
 
 
+def test_kernels_stand_where_all_of_them_are_compiled_ahead_of_time() -> None:
+    """tests/medusa/kernels/aot.py finds what `@triton.jit` made of a function of a file of one folder, nothing else."""
+    folder, found = ROOT / "medusa" / "kernels", 0
+    for path in ALL:
+        tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        for node in ast.walk(tree):
+            decorators = [ast.unparse(each) for each in getattr(node, "decorator_list", [])]
+            if any("jit" in each or "triton" in each for each in decorators):
+                where = f"{path}:{node.lineno}"
+                assert len(decorators) == 1 and decorators[0].startswith("triton.jit"), where
+                assert path.parent == folder and node in tree.body, where
+                found += 1
+    assert found > 0
+
+
 def run_python(code: str, folder: Path, *arguments: str) -> dict[str, list[str]]:
     environment = {
         "PATH": "/usr/bin:/bin",
