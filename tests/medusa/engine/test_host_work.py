@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medusa import SamplingParams
+from medusa import Grammar, SamplingParams
 from medusa.engine.sequence import Sequence
 from medusa.engine.step import Done, StepTokens
 from medusa.engine.tree_rows import TreeRows
@@ -48,6 +48,7 @@ def work():
         ({"presence_penalty": 0.5}, True, True),
         ({"min_tokens": 4, "stop_token_ids": tuple(range(9))}, True, True),
         ({"stop_token_ids": tuple(range(9))}, False, False),
+        ({"grammar": Grammar("regex", "a*")}, True, True),
     ],
 )
 def test_who_needs_the_host(sequence, params, changes, needs):

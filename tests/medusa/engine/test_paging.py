@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -410,6 +412,28 @@ def test_an_abort_drops_what_is_in_flight(tiny_llama):
             if output.finished:
                 done[output.request_id] = output.finished
     assert [done[name].token_ids for name in names[1:]] == [c.token_ids for c in expected[1:]]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_the_host_waits_for_steps_before_the_last_is_counted(tiny_llama, monkeypatch, late):
+    """By a clock that only a decode step's end moves: of a step that is read at once it tells nothing."""
+    engine, seconds = build_engine(tiny_llama), []
+    runner = make_late(engine) if late else engine._loop._runner
+    decode = runner.decode
+
+    class Slow:
+        def __init__(self, launched):
+            self._launched = launched
+
+        def collect(self):
+            seconds.append(1.0)
+            return self._launched.collect()
+
+    monkeypatch.setattr(runner, "decode", lambda *arguments, **named: Slow(decode(*arguments, **named)))
+    monkeypatch.setattr("medusa.engine.loop.time", SimpleNamespace(perf_counter=lambda: sum(seconds)))
+    engine.generate(random_prompts([20]), greedy(max_tokens=10))
+    assert len(seconds) == 9
+    assert engine.stats().waited_s == (9.0 if late else 0.0)
 
 
 @pytest.mark.parametrize("size", [1, 64])
