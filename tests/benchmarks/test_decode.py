@@ -23,7 +23,7 @@ from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from cli.main import app
 from medusa import Engine, Typical
-from medusa.checkpoint import save_checkpoint
+from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import ConfigError
 from medusa.hydra import HydraHeads
 from tests.medusa.engine.support import TREES, build_engine, checkpoint_of, hugging_face, load, load_reference
@@ -233,8 +233,9 @@ def test_a_greedy_root_lies_as_far_from_exact_as_its_token_is_unlikely(tiny_llam
 
 
 def test_the_benchmark_writes_json_markdown_and_plots(
-    tiny_llama: Path, heads: Path, prompt_file: Path, tmp_path
+    tiny_llama: Path, heads: Path, prompt_file: Path, tmp_path, monkeypatch
 ) -> None:
+    monkeypatch.setattr(hardware, "copy_rate", lambda device: 5e9)
     config = DecodeConfig(
         prompts=prompt_file,
         model=str(tiny_llama),
@@ -257,8 +258,15 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     for name in [*engine, "medusa, typical, T=0.7", "HF generate, T=0"]:
         assert (name, 1) in names and (name, 2) in names
     assert ("HF assisted, T=0", 1) in names and len(names) == 15
+    backbone, _ = load(tiny_llama)
+    of_heads = hardware.heads_bytes(load_checkpoint(heads, backbone).heads, backbone)
+    of_token = hardware.kv_bytes_per_token(backbone)
     for row in content["rows"]:
-        assert row["tokens_per_second"]["median"] > 0 and row["step_ms"] > 0 and row["bandwidth_share"] > 0
+        assert row["tokens_per_second"]["median"] > 0 and row["step_ms"] > 0
+        read = hardware.weight_bytes(backbone) + row["concurrency"] * (40 + 8 / 2) * of_token
+        read += row["speculating"] * of_heads
+        assert row["bandwidth_share"] == pytest.approx(read / (row["step_ms"] * 5e6))
+        assert f"| {row['step_ms']:.2f} |" in page and f"| {row['bandwidth_share']:.0%} |" in page
         assert row["gpu_idle_share"] is None
         assert (row["end_to_end"] is None) == row["contender"].startswith("HF")  # its prompts are computed again
         assert (row["ratio"] is None) == row["contender"].startswith("plain")
@@ -269,8 +277,28 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     assert page == (tmp_path / "out" / "decode.md").read_text()
     assert "medusa, typical" in page and "KL(typical || exact)" in page and "GPU idle" not in page
     assert "| steady tokens/s |" in page and "no steady" not in page
+    assert "- copy rate, GB/s: 5.0" in page
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files == ["decode.json", "decode.md", "over_plain.png", "step_ms.png", "tokens_per_second.png"]
+
+
+def test_the_command_runs_the_whole_table_by_default_and_prints_it(prompt_file: Path, monkeypatch) -> None:
+    asked = []
+
+    class Printed:
+        def __init__(self, config: DecodeConfig) -> None:
+            asked.append(config)
+
+        def run(self) -> str:
+            return "the page"
+
+    monkeypatch.setattr("benchmarks.decoding.DecodeBenchmark", Printed)
+    done = CliRunner().invoke(app, ["bench", "decode", "--prompts", str(prompt_file)])
+    assert (done.exit_code, done.output) == (0, "the page\n")
+    assert asked == [DecodeConfig(prompts=prompt_file, out=Path("runs/bench/decode"))]
+    assert asked[0].temperatures == (0.0, 0.7, 1.0)
+    assert asked[0].concurrency == (1, 2, 4, 8, 16, 32, 64, 128)
+    assert asked[0].peers and asked[0].typical and asked[0].peers_at == ()
 
 
 @pytest.mark.slow
