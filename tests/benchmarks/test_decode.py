@@ -22,7 +22,7 @@ from benchmarks.results import markdown, write_atomically
 from benchmarks.typical import distance_from_exact, divergence
 from benchmarks.workload import Request, encode, pick_prompts, reply_lengths, waves_of, with_context
 from cli.main import app
-from medusa import Engine, Typical
+from medusa import Engine, SamplingParams, Typical
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import ConfigError
 from medusa.hydra import HydraHeads
@@ -149,6 +149,12 @@ def test_assisted_generation_counts_the_models_own_steps(tiny_llama: Path) -> No
 # Measuring
 
 
+def test_an_interval_is_the_median_between_the_quartiles() -> None:
+    assert Interval.of([1.0, 20.0, 4.0, 3.0, 2.0]) == Interval(3.0, 2.0, 4.0)
+    assert Interval.where_measured([None, 7.0]) == Interval(7.0, 7.0, 7.0)
+    assert Interval.where_measured([None]) is None
+
+
 def test_runs_rotate_and_rows_pair_each_run_with_plain(tiny_llama: Path) -> None:
     engine = build_engine(tiny_llama, trees=[TREES[4]])
     contenders = [
@@ -223,10 +229,17 @@ def test_a_greedy_root_lies_as_far_from_exact_as_its_token_is_unlikely(tiny_llam
     prompts = [[7, 8, 9], [11, 12, 13, 14]]
     distance = distance_from_exact(engine, prompts, 0.7, samples=3)
     model = load_reference(tiny_llama)
-    with torch.no_grad():
-        laws = [(model(torch.tensor([ids])).logits[0, -1] / 0.7).log_softmax(-1) for ids in prompts]
-    assert distance.first == pytest.approx(sum(-float(law.max()) for law in laws) / 2, rel=1e-4)
-    assert distance.second > 0 and (distance.prompts, distance.samples) == (2, 3)
+
+    def law(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            return (model(torch.tensor([ids])).logits[0, -1] / 0.7).log_softmax(-1)
+
+    said = engine.generate(prompts, SamplingParams(max_tokens=2, temperature=0.7, ignore_eos=True))
+    pairs = [(ids, completion.token_ids) for ids, completion in zip(prompts, said, strict=True)]
+    assert distance.first == pytest.approx(sum(-float(law(ids).max()) for ids, _ in pairs) / 2, rel=1e-4)
+    second = sum(-float(law([*ids, first])[then]) for ids, (first, then) in pairs) / 2
+    assert distance.second == pytest.approx(second, rel=1e-4)
+    assert (distance.prompts, distance.samples) == (2, 3)
 
 
 # The whole
@@ -393,7 +406,7 @@ def test_the_script_needs_no_cluster_nor_tracking() -> None:
 def test_the_speed_while_all_decode_leaves_out_the_tails_of_waves() -> None:
     """Two requests, of which one ends after 0.2 s; and a wave in which one had ended before."""
     plain = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=6, replies_tokens=6, nodes=[1])
-    plain.full_steps, plain.full_tokens = [0.1, 0.1], 4
+    plain.full_steps, plain.full_tokens = [0.05, 0.05, 0.1], 4
     tree = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=4, replies_tokens=6, nodes=[4])
     tree.full_steps, tree.full_tokens = [0.1], 3
     tail = Run(decode_seconds=0.4, decode_tokens=6, tokens=6, replies_steps=4, replies_tokens=6, nodes=[4])
@@ -401,6 +414,7 @@ def test_the_speed_while_all_decode_leaves_out_the_tails_of_waves() -> None:
     runs = {"plain": [plain, plain], "tree": [tree, tail]}
     first, second = summarise(contenders, runs, 2, plan(Estimate(1.0), 2, 4, 3, None))
     assert first.full.median == pytest.approx(20.0) and first.full_ratio is None
+    assert first.step_ms == pytest.approx(50.0)  # the median
     assert second.full.median == pytest.approx(30.0)
     assert (second.ratio.median, second.full_ratio.median) == (pytest.approx(1.0), pytest.approx(1.5))
     assert "| 1.500 (1.500 to 1.500) |" in markdown({}, [first, second], [])

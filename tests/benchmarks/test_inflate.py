@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.inflate import SHAPES, inflate, inflate_checkpoint, inflate_model
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
@@ -70,6 +71,21 @@ def test_the_shape_is_what_was_asked_for(big: Backbone) -> None:
     shape = SHAPES["tiny-test"]
     assert (big.hidden_size, big.num_layers, big.kv_shape) == (320, 10, (4, 128))
     assert big.model.model.layers[0].mlp.up_proj.weight.shape == (shape.intermediate_size, 320)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "parameters"),
+    [
+        ("vicuna-7b", 32_000, 6_738_415_616),
+        ("vicuna-13b", 32_000, 13_015_864_320),
+        ("vicuna-33b", 32_000, 32_528_943_616),
+        ("llama3-8b", 128_256, 8_030_261_248),
+    ],
+)
+def test_large_shapes_have_the_published_numbers_of_parameters(name: str, vocab_size: int, parameters: int) -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**vars(SHAPES[name]), vocab_size=vocab_size, tie_word_embeddings=False))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize(("vocabulary", "num_layers"), [("own", 1), ("own", 2), ("shared", 1), ("truncated", 1)])
