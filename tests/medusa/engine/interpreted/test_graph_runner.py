@@ -210,6 +210,17 @@ def test_larger_trees_share_their_graphs(llama):
     assert {engine._runner._shapes.of([nodes, 1], True).max_nodes for nodes in range(65, 193)} == {128, 192}
 
 
+def test_the_host_knows_a_prompts_first_token_when_it_changes_the_next_step(llama):
+    """The runner was ahead of the host until the prompt's last chunk; a token may end the reply from the second on."""
+    engines = pair(llama)
+    (plain,) = assert_equal_runs(engines, PROMPTS[:1], params(max_tokens=3))
+    assert engines[1]._runner.lag == 1
+    first, second, _ = plain.token_ids
+    stops = {second, *range(200, 210)} - {first}  # more than the GPU knows
+    (completion,) = assert_equal_runs(engines, PROMPTS[:1], params(min_tokens=1, stop_token_ids=tuple(stops)))
+    assert completion.token_ids == [first, second]
+
+
 def test_the_host_lags_while_a_prompt_that_needs_it_is_read(llama):
     """It is needed from the first token on: until then the others' steps are not waited for."""
     engine = build(GraphEngine, llama, max_prefill_tokens=8)
