@@ -149,6 +149,12 @@ def test_preempted_sequences_go_on_where_they_were(llama):
     completions = assert_equal_runs(engines, prompts, params(max_tokens=13, temperature=0.8), TREES[8])
     assert all(engine.stats().preemptions > 0 for engine in engines)
     assert [len(c.token_ids) for c in completions] == [13] * 3
+    # The last may end from its tenth token on, nine of which it may have had when it lost its pages.
+    ends = params(max_tokens=13, temperature=0.8, min_tokens=9, stop_token_ids=(completions[2].token_ids[9],))
+    before = [engine.stats().preemptions for engine in engines]
+    last = assert_equal_runs(engines, prompts, [params(max_tokens=13, temperature=0.8)] * 2 + [ends], TREES[8])[2]
+    assert all(engine.stats().preemptions > count for engine, count in zip(engines, before, strict=True))
+    assert last.token_ids == completions[2].token_ids[:10]
 
 
 def test_a_second_turn_finds_the_pages_of_the_first_and_leaves_them_as_they_are(llama):
