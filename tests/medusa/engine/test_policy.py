@@ -145,6 +145,18 @@ def test_nodes_that_cost_nothing_are_all_taken_and_dear_ones_none() -> None:
     assert fresh(gpu_profile(heads=1.0)).choose([1.0] * 4, 1024).nodes == (1,) * 4
 
 
+def test_longer_contexts_have_times_of_their_own() -> None:
+    """Drafts that are free at 128 tokens, and make a step ten times as long at 4,096, where they are not taken."""
+    free = {(1, total, 128): 4e-3 for total in (1, 2, 64)}
+    times = StepTimes(free | {(1, 1, 4096): 4e-3, (1, 2, 4096): 40e-3, (1, 64, 4096): 40e-3})
+    assert fresh(times).choose([1.0], 128).nodes[0] > 8
+    assert fresh(times).choose([1.0], 4096).nodes == (1,)
+    short, long = Running(), Running()
+    long.num_tokens = 4096
+    assert Adaptive(fresh(times)).trees_of([short])[0].num_nodes > 8
+    assert Adaptive(fresh(times)).trees_of([long])[0].num_nodes == 1
+
+
 def test_nodes_of_no_worth_are_not_taken() -> None:
     grown = GrownTree(GROWN.paths[:6], (0.5, 0.3, 0.0, 0.0, 0.0, 0.0))
     assert fresh(gpu_profile(), grown=grown).choose([1.0, 1.0], 1024).nodes == (3, 3)
