@@ -16,6 +16,7 @@ from medusa import Engine, MedusaHeads, SamplingParams
 from medusa.decoding import Typical
 from medusa.engine.graph_runner import GraphRunner
 from medusa.engine.kv_cache import PAGE_SIZE
+from medusa.kernels.typical import judge
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import TokenTree
@@ -182,13 +183,17 @@ def test_a_reply_that_fills_the_context(llama):
 
 
 @pytest.mark.parametrize("root", ["greedy", "sampled"])
-def test_a_typical_engine_and_requests_that_ask_it_for_exact_acceptance(llama, root):
-    engines = pair(llama, acceptance=Typical(epsilon=0.02, delta=0.3, root=root))
+def test_a_typical_engine_and_requests_that_ask_it_for_exact_acceptance(llama, root, monkeypatch):
+    engines, rules = pair(llama, acceptance=Typical(epsilon=0.02, delta=0.4, root=root)), []
+    monkeypatch.setattr(
+        "medusa.engine.gpu_step.judge", lambda *args, **rule: rules.append(rule) or judge(*args, **rule)
+    )
     lossy = params(temperature=1.0, max_tokens=4)
     exact = dataclasses.replace(lossy, acceptance="exact")
     completions = assert_equal_runs(engines, PROMPTS[:4], [exact, lossy, params(max_tokens=2), exact])
     plain = pair(llama)[0].generate(PROMPTS[:4], lossy)
     assert [completions[i].token_ids for i in (0, 3)] == [plain[i].token_ids for i in (0, 3)]
+    assert rules and all(rule == {"epsilon": 0.02, "delta": 0.4} for rule in rules)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "phi3"])
@@ -208,6 +213,23 @@ def test_every_batch_of_trees_has_a_step_that_holds_it(llama):
             assert batch * nodes <= shape.nodes < 2 * shape.batch * shape.max_nodes
             assert nodes <= shape.max_nodes <= 64
             assert engine._runner._step.logits(shape).shape == (shape.nodes, VOCAB)
+
+
+@pytest.mark.parametrize("kind", [Engine, GraphEngine])
+def test_steps_are_timed_at_the_contexts_that_they_are_named_after(llama, kind, monkeypatch):
+    engine, contexts = build(kind, llama), []
+    runner = engine._runner
+    length_R = runner._step.state.length_R if kind is GraphEngine else runner._length
+    decode = runner.decode
+
+    def spy(sequences, trees, **named):
+        contexts.append([int(length_R[sequence.row]) for sequence in sequences])
+        return decode(sequences, trees, **named)
+
+    monkeypatch.setattr(runner, "decode", spy)
+    times = engine._profiler.measure({2: [[TREES[4], TREES[1]]]}, repeats=2, contexts=(9, 30))
+    assert {context for _, _, context in times.seconds} == {9, 30}
+    assert contexts == [[9, 9], [9, 9], [30, 30], [30, 30], [30, 30], [30, 30], [9, 9], [9, 9]]
 
 
 def test_larger_trees_share_their_graphs(llama):
