@@ -15,6 +15,7 @@ from torch.nn import functional
 from benchmarks.stepping import ACCURACY
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
+from medusa.kernels.launch import has_warpgroups
 from medusa.kernels.rope import rope_write
 from medusa.kernels.tree_attention import PagedTree
 from medusa.tree import grow
@@ -178,6 +179,7 @@ def medusa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
         group=shape.heads // shape.groups,
         num_kv_heads=shape.groups,
         processors=problem.processors,
+        warpgroups=has_warpgroups(problem.device),
     )
     scratch = Scratch.of(heads=shape.heads, size=shape.head_size, processors=problem.processors, device=problem.device)
     rotation = Rotation(problem.position_M, problem.cos_TD, problem.sin_TD) if writes else None

@@ -6,6 +6,7 @@ import torch
 
 from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
+from medusa.kernels.launch import has_warpgroups
 from medusa.kernels.state import Drafts
 from medusa.model import Backbone
 
@@ -20,6 +21,7 @@ class Layers:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         )
+        self._warpgroups = has_warpgroups(device)
         scratch = Scratch.of(heads=heads, size=head_size, processors=self._processors, device=device)
         self.decoder: Decoder = (
             FusedDecoder(backbone, pages, scratch, max_positions)
@@ -37,5 +39,6 @@ class Layers:
             group=self._group,
             num_kv_heads=self._num_kv_heads,
             processors=self._processors,
+            warpgroups=self._warpgroups,
         )
         return self.decoder(StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan))

@@ -24,6 +24,11 @@ def supports_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_warpgroups(device: torch.device) -> bool:
+    """Whether four warps of the device multiply tiles of 64 rows together (Hopper alone)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 @triton.jit
 def await_inputs(PDL: tl.constexpr) -> None:
     """First call of every kernel: under programmatic dependent launch, waits for the previous kernel's writes, then

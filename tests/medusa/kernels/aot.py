@@ -64,6 +64,8 @@ class Case:
     types: dict[str, str] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    options: dict[str, int] = field(default_factory=dict)
+    capability: int | None = None  # the only one that it is for
 
     def source(self, pdl: bool) -> ASTSource:
         function = kernels()[self.kernel]
@@ -160,35 +162,30 @@ def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
 def attentions() -> list[Case]:
     """Attention as `AttentionPlan.of` cuts it: trees whose keys the launch writes itself or finds, and chains."""
     cases: dict[str, Case] = {}
-    for model, capability, batch, most in itertools.product(MODELS, PROCESSORS, (1, 4, 16, 64, 256), MOST_NODES):
+    for model, capability, batch, most in itertools.product(MODELS, PROCESSORS, (1, 2, 4, 8, 16, 64, 256), MOST_NODES):
         group = model.heads // model.groups
         for nodes in {batch * most, max(batch, batch * most // 8)}:
             plan = AttentionPlan.of(
                 batch_size=batch, num_nodes=nodes, max_nodes=most, chain=most > 128, group=group,
-                num_kv_heads=model.groups, processors=PROCESSORS[capability],
+                num_kv_heads=model.groups, processors=PROCESSORS[capability], warpgroups=capability == 90,
             )  # fmt: skip
             for fresh in (False, True) if most <= 128 else (False,):
-                kind = (
-                    group,
-                    plan.rows,
-                    plan.columns,
-                    plan.tree_columns,
-                    plan.warps,
-                    plan.splits > 1,
-                    plan.merges,
-                    most > 128,
-                    fresh,
-                )
-                cases.setdefault(str(kind), _attention(model, plan, chain=most > 128, fresh=fresh))
+                cut = replace(plan, splits=plan.splits if plan.merges else min(2, plan.splits), max_nodes=0)
+                key = str((capability, group, cut, plan.merges, most > 128, fresh))
+                cases.setdefault(key, _attention(model, plan, capability, chain=most > 128, fresh=fresh))
     sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
-    tree, chained = AttentionPlan.of(chain=False, **sizes), replace(plan, splits=4)
+    for capability in PROCESSORS:
+        tree = AttentionPlan.of(chain=False, warpgroups=capability == 90, **sizes)
+        chain = replace(AttentionPlan.of(chain=True, warpgroups=capability == 90, **sizes), splits=4)
+        cases |= {
+            f"window {capability}": _attention(MODELS[1], tree, capability, chain=False, fresh=True, window=True),
+            f"capped {capability}": _attention(MODELS[0], chain, capability, chain=True, window=True, softcap=True),
+        }
     return [
         *cases.values(),
-        _attention(MODELS[1], tree, chain=False, fresh=True, window=True),
-        _attention(MODELS[0], chained, chain=True, window=True, softcap=True),
         *over(
             "attention_merge._merge_all", types={"PART": "*fp32", "LSE": "*fp32", "OUT": "*bf16"},
-            H=[32, 52], D=128, BD=128, HB=8,
+            H=[32, 52], D=128, BD=128, HB=8, SPLITS=[2, 4, 8, 64],
         ),
     ]  # fmt: skip
 
@@ -196,24 +193,28 @@ def attentions() -> list[Case]:
 def _attention(
     model: Model,
     plan: AttentionPlan,
+    capability: int,
     *,
     chain: bool,
     fresh: bool = False,
     window: bool = False,
     softcap: bool = False,
 ) -> Case:
-    group, whole = model.heads // model.groups, plan.splits == 1
+    group = model.heads // model.groups
     constants: dict[str, object] = {
         "H": model.heads, "GROUP": group, "D": model.head_size, "BD": model.head_size, "N": 1 if chain else 64, "W": 1,
-        "PAGE": 64, "WHOLE": whole, "MERGES": plan.merges,
-        "BM": plan.rows, "BN": plan.columns, "BT": plan.tree_columns, "CHAIN": chain, "FRESH": fresh,
+        "PAGE": 64, "WHOLE": plan.splits == 1, "MERGED": plan.splits if plan.merges else 0, "BM": plan.rows,
+        "BN": plan.columns, "BT": plan.tree_columns, "TEAMS": plan.teams, "CHAIN": chain, "FRESH": fresh,
         "WINDOW": window, "SOFTCAP": softcap, "PRECISION": "tf32",
     }  # fmt: skip
     absent = {"BITS", "DEPTH"} if chain else set()
     absent |= set() if fresh else {"POSITION", "COS", "SIN"}
     bf16 = ("Q", "KEYS", "VALUES", "OUT", "COS", "SIN")
     types = dict.fromkeys(bf16, "*bf16") | {"PART": "*fp32", "LSE": "*fp32"}
-    return Case("attention._attend", constants | dict.fromkeys(absent), types, plan.warps, plan.stages)
+    return Case(
+        "attention_kernel.attend_tiles", constants | dict.fromkeys(absent), types, plan.warps,
+        plan.stages_of(model.head_size, 2), registers(plan), capability,
+    )  # fmt: skip
 
 
 def small_kernels() -> list[Case]:
@@ -350,10 +351,7 @@ def kernels() -> dict[str, JITFunction]:
 
 def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
     """Shared memory, registers and spilled bytes of one compilation, the last two from ptxas."""
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if case.kernel == "attention._attend":
-        rows, group = int(case.constants["BM"]), int(case.constants["GROUP"])
-        options |= registers(rows, group, merges=bool(case.constants["MERGES"]), pdl=pdl)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages} | case.options
     compiled = triton.compile(case.source(pdl), target=GPUTarget("cuda", capability, 32), options=options)
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -388,8 +386,10 @@ def largest(cases: list[Case], count: int = 3) -> list[Case]:
 
 def compile_on_all(case: Case) -> list[dict[str, object]]:
     """fp8 weights are refused on sm_80 by name (medusa/quantization.py)."""
-    capabilities = [90] if case.types.get("W") == "*fp8e4nv" else [80, 90]
-    return [compile_case(case, capability, pdl=capability == 90) for capability in capabilities]
+    only = 90 if case.types.get("W") == "*fp8e4nv" else case.capability
+    return [
+        compile_case(case, capability, pdl=capability == 90) for capability in (80, 90) if only in (capability, None)
+    ]
 
 
 def main() -> None:

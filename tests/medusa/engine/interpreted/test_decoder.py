@@ -63,7 +63,7 @@ class Pages:
             torch.tensor(rows, dtype=torch.int32), (count.cumsum(0) - count).int(), count, self.length, self.tables,
             bits_RNW, depth_RN,
         )  # fmt: skip
-        plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=max(counts))
+        plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=max(counts), warps=1)
         return decoder(StepNodes(token, position, row, node, visible, plan)).clone().split([*counts, PADDING])[:-1]
 
 

@@ -49,9 +49,11 @@ class Batch:
     def starts(self):
         return [sum(self.counts[:b]) for b in range(len(self.counts))]
 
-    def run(self, splits, *, rows=16, columns=16, merged_in_place=2, **options):
+    def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, **options):
         """The kernel's result; rows of no sequence must have been left alone."""
-        plan = AttentionPlan(splits, rows, columns, max(self.counts), merged_in_place=merged_in_place)
+        plan = AttentionPlan(
+            splits, rows, columns, max(self.counts), tree_columns=16, warps=warps, merged_in_place=merged_in_place
+        )
         visible = Visible(
             *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),
             self.length, self.tables, *((None, None) if self.chain else (self.bits, self.depth)),
@@ -128,8 +130,9 @@ def test_tiles_of_any_size_and_strided_queries():
     wide = torch.full((len(batch.query), 9, 16), NAN)
     wide[:, :4] = batch.query
     batch.query = wide[:, :4]
-    for rows, columns in [(32, 16), (64, 32), (16, 32)]:
-        torch.testing.assert_close(batch.run(2, rows=rows, columns=columns)[:43], expected[:43], atol=1e-5, rtol=1e-5)
+    for rows, columns, warps in [(32, 16, 1), (64, 32, 4), (16, 32, 2), (32, 32, 2)]:
+        found = batch.run(2, rows=rows, columns=columns, warps=warps)
+        torch.testing.assert_close(found[:43], expected[:43], atol=1e-5, rtol=1e-5)
 
 
 def test_plans_stay_within_their_scratch():
@@ -140,10 +143,10 @@ def test_plans_stay_within_their_scratch():
             for batch in (1, 2, 3, 7, 12, 64, 256):
                 for max_nodes in (1, 4, 16, 64, 128, 512, 1024):
                     sizes = {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}
-                    for num_nodes, chain in itertools.product(sizes, (False, True)):
+                    for num_nodes, chain, warpgroups in itertools.product(sizes, (False, True), (False, True)):
                         plan = AttentionPlan.of(
                             batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, chain=chain,
-                            group=heads // groups, num_kv_heads=groups, processors=processors,
+                            group=heads // groups, num_kv_heads=groups, processors=processors, warpgroups=warpgroups,
                         )  # fmt: skip
                         tiles = -(-max_nodes * heads // groups // plan.rows)
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
@@ -151,41 +154,53 @@ def test_plans_stay_within_their_scratch():
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
+def plan_of(heads, groups, batch, nodes, *, processors=132, warpgroups=True):
+    return AttentionPlan.of(
+        batch_size=batch, num_nodes=batch * nodes, max_nodes=64 if nodes > 16 else nodes, chain=False,
+        group=heads // groups, num_kv_heads=groups, processors=processors, warpgroups=warpgroups,
+    )  # fmt: skip
+
+
 def test_tiles_and_splits_follow_the_room_on_the_gpu():
-    """By heads, key-value heads, sequences and nodes, on 132 processors: rows a tile, splits, merged in place. A tree
-    may have as many nodes as an engine's: 64 where there are more than 16 a sequence."""
+    """By heads, key-value heads, sequences and nodes, on 132 processors: rows a tile, warps, splits, tiles under way,
+    merged in place. A tree may have as many nodes as an engine's: 64 where there are more than 16 a sequence."""
     expected = {
-        (32, 32, 1, 1): (16, 7, False),
-        (32, 32, 2, 16): (16, 5, False),
-        (32, 32, 4, 1): (16, 3, True),
-        (32, 32, 8, 8): (16, 1, False),
-        (32, 32, 1, 32): (32, 3, True),
-        (32, 32, 1, 64): (32, 2, True),
-        (32, 32, 2, 32): (32, 2, True),
-        (32, 32, 2, 64): (32, 2, True),
-        (32, 32, 4, 32): (32, 2, True),
-        (32, 8, 1, 1): (16, 7, False),
-        (32, 8, 16, 4): (16, 2, True),
-        (32, 8, 1, 8): (32, 16, False),
-        (28, 4, 1, 4): (32, 32, False),
-        (8, 1, 1, 4): (32, 64, False),
-        (32, 8, 1, 16): (16, 4, True),
-        (32, 8, 1, 64): (16, 2, True),
-        (32, 8, 16, 8): (32, 2, True),
+        (32, 32, 1, 1): (16, 4, 4, 4, True),
+        (32, 32, 1, 16): (16, 4, 4, 4, True),
+        (32, 32, 2, 16): (16, 4, 4, 3, True),
+        (32, 32, 4, 1): (16, 4, 1, 4, False),
+        (32, 32, 8, 8): (16, 4, 1, 2, False),
+        (32, 32, 16, 8): (16, 2, 1, 2, False),
+        (32, 32, 1, 32): (64, 4, 4, 3, False),
+        (32, 32, 1, 64): (64, 4, 4, 3, False),
+        (32, 32, 2, 64): (64, 4, 3, 2, False),
+        (32, 32, 4, 32): (64, 4, 1, 2, False),
+        (32, 8, 1, 1): (16, 4, 8, 4, False),
+        (32, 8, 16, 4): (16, 4, 1, 4, False),
+        (32, 8, 1, 16): (64, 4, 8, 3, False),
+        (32, 8, 1, 64): (64, 4, 4, 3, False),
+        (32, 8, 16, 8): (64, 4, 1, 2, False),
     }
-    for (heads, groups, batch, nodes), cut in expected.items():
-        plan = AttentionPlan.of(
-            batch_size=batch, num_nodes=batch * nodes, max_nodes=64 if nodes > 16 else nodes, chain=False,
-            group=heads // groups, num_kv_heads=groups, processors=132,
-        )  # fmt: skip
-        assert (plan.rows, plan.splits, plan.merges) == cut
+    for sizes, cut in expected.items():
+        plan = plan_of(*sizes)
+        assert (plan.rows, plan.warps, plan.splits, plan.ahead, plan.merges) == cut, sizes
 
 
-def test_keys_that_leave_no_room_for_tiles_ahead_have_two_stages():
-    sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
-    plan = AttentionPlan.of(chain=False, **sizes)
-    assert plan.stages_of(128, 4) == plan.stages_of(256, 2) == plan.stages > 2
-    assert plan.stages_of(256, 4) == plan.stages_of(160, 4) == 2
+def test_gpus_without_products_of_warpgroups_have_small_tiles():
+    for sizes in [(32, 32, 1, 64), (32, 32, 4, 32), (32, 8, 1, 16)]:
+        assert plan_of(*sizes, processors=108, warpgroups=False).rows == 16
+
+
+def test_fewer_tiles_are_under_way_where_keys_are_large():
+    plan = plan_of(32, 32, 1, 16)
+    assert plan.ahead == 4
+    assert [plan.stages_of(*sizes) for sizes in ((128, 2), (128, 4), (256, 2), (160, 4), (256, 4))] == [9, 5, 5, 3, 3]
+
+
+@pytest.mark.parametrize(("warps", "columns"), [(8, 128), (4, 32), (2, 16)])
+def test_teams_too_small_for_a_product_are_refused(warps, columns):
+    with pytest.raises(ValueError, match="16 tokens each"):
+        AttentionPlan(splits=1, rows=16, columns=columns, max_nodes=1, warps=warps)
 
 
 def test_too_little_scratch_is_refused():
@@ -193,6 +208,6 @@ def test_too_little_scratch_is_refused():
     scratch = Scratch(torch.empty(4, 2, 16), torch.empty(4, 2), torch.zeros(64, dtype=torch.int32))
     row = torch.zeros(1, dtype=torch.int32)
     visible = Visible(row, row, row + 3, batch.length, batch.tables, batch.bits, batch.depth)
-    plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=3)
+    plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=3, warps=1)
     with pytest.raises(ValueError, match="needs more scratch"):
         attend(batch.query, batch.cache, visible, plan, torch.empty_like(batch.query), scratch, 0.3)
