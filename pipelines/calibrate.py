@@ -22,7 +22,7 @@ from medusa import Engine, StepTimes, TokenTree
 from medusa.calibration import Row, grow_on, guess_replies, head_accuracy, tokens_per_step
 from medusa.checkpoint import Calibration, Checkpoint, load_checkpoint, update_meta
 from medusa.config import strict, to_dict
-from medusa.engine.speculation import best_tree
+from medusa.engine.policy import best_tree
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import expected_tokens

@@ -16,16 +16,15 @@ import torch
 
 from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint, pair_checked
 from medusa.decoding import Typical
+from medusa.engine.drafting import Drafting, ladder_of
 from medusa.engine.limits import Limits
 from medusa.engine.loop import StepLoop
-from medusa.engine.profile import CONTEXT, Profiler
-from medusa.engine.runner import Runner
+from medusa.engine.profile import CONTEXT, REPEATS, Profiler
+from medusa.engine.runners import runner_of
 from medusa.engine.scheduler import Scheduler
 from medusa.engine.sequence import Completion, Output, Sequence
-from medusa.engine.shapes import Buckets
-from medusa.engine.sharded import ShardedBackbone, followers_of, lead_of, load_backbone, make_cache
-from medusa.engine.speculation import Adaptive, Always, Policy, ladder_of
-from medusa.engine.speculation import Speculation as Speculator
+from medusa.engine.sharded import ShardedBackbone, load_backbone, make_cache
+from medusa.engine.speculation import Adaptive, Speculation, SpeculationSetting, speculation_of
 from medusa.engine.start_times import Laps, StartTimes
 from medusa.engine.stats import Counters, EngineStats
 from medusa.engine.step import StepRunner
@@ -41,7 +40,6 @@ from medusa.tree import TokenTree
 from medusa.weights import Hashing
 
 Prompt = str | Items[int]
-Speculation = Literal["auto", "off"] | int
 
 
 class Engine:
@@ -68,7 +66,7 @@ class Engine:
         max_model_len: int | None = None,
         max_prefill_tokens: int | None = None,
         kv_cache_gb: float | None = None,
-        speculation: Speculation = "auto",
+        speculation: SpeculationSetting = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
     ) -> None:
@@ -81,29 +79,29 @@ class Engine:
                 raise ValueError(f"acceptance is 'exact' or a Typical rule, got {acceptance!r}")
             self.backbone = backbone
             self.tokenizer = tokenizer
-            self.checkpoint = checkpoint
-            self.trees = ladder_of(checkpoint.meta) if checkpoint else ()
-            self._grown = grown_tree(checkpoint.meta) if checkpoint else None
-            self._limits = Limits.of(
+            trees = ladder_of(checkpoint.meta) if checkpoint else ()
+            grown = grown_tree(checkpoint.meta) if checkpoint else None
+            limits = Limits.of(
                 backbone,
                 checkpoint,
-                self.trees,
+                trees,
                 max_batch_size=max_batch_size,
                 max_model_len=max_model_len,
                 max_prefill_tokens=max_prefill_tokens,
                 kv_cache_gb=kv_cache_gb,
             )
-            for tree in self.trees:
-                self._limits.check_tree(tree)
-            self.max_batch_size = self._limits.max_batch_size
-            self.max_model_len = self._limits.max_model_len
+            for tree in trees:
+                limits.check_tree(tree)
+            self._drafting = Drafting(checkpoint, trees, grown, limits)
+            self.max_batch_size = limits.max_batch_size
+            self.max_model_len = limits.max_model_len
             self._cache = make_cache(
                 backbone,
                 num_layers=backbone.num_layers,
                 kv_shape=backbone.kv_shape,
-                num_pages=self._limits.num_pages,
+                num_pages=limits.num_pages,
                 max_batch_size=max_batch_size,
-                max_pages=self._limits.table_width,
+                max_pages=limits.table_width,
                 dtype=backbone.dtype,
                 device=backbone.device,
                 salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
@@ -111,8 +109,8 @@ class Engine:
             self._scheduler = Scheduler(
                 self._cache,
                 max_batch_size=max_batch_size,
-                max_nodes=self._limits.max_nodes,
-                max_prefill_tokens=self._limits.max_prefill_tokens,
+                max_nodes=limits.max_nodes,
+                max_prefill_tokens=limits.max_prefill_tokens,
             )
             self._acceptance = acceptance
             self.grammars = Grammars(tokenizer, backbone.vocab_size)
@@ -120,7 +118,7 @@ class Engine:
             self._build_runner()
             self._ids = itertools.count()
             self._step_times = step_times
-            self._speculate(lambda: self._speculator_of(speculation, self._step_times))
+            self._speculate(speculation)
 
     @classmethod
     def from_pretrained(
@@ -134,7 +132,7 @@ class Engine:
         max_model_len: int | None = None,
         max_prefill_tokens: int | None = None,
         kv_cache_gb: float | None = None,
-        speculation: Speculation = "auto",
+        speculation: SpeculationSetting = "auto",
         acceptance: Literal["exact"] | Typical = "exact",
         step_times: StepTimes | None = None,
         quantization: Quantization | None = None,
@@ -191,6 +189,16 @@ class Engine:
                 model.close()
             raise
 
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The heads in use."""
+        return self._drafting.checkpoint
+
+    @property
+    def trees(self) -> tuple[TokenTree, ...]:
+        """Their ladder, the smallest first; empty without calibration."""
+        return self._drafting.trees
+
     def close(self) -> None:
         """Ends the other processes of a tensor-parallel engine, which decodes no more; does nothing to another one."""
         if isinstance(self.backbone, ShardedBackbone):
@@ -236,7 +244,7 @@ class Engine:
         """Queues a request and returns its id. Raises ValueError for an empty or too long prompt, unknown ids, or a
         grammar that cannot be used (`grammars` compiles one beforehand)."""
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [index(token) for token in prompt]
-        self._limits.check_request(prompt_ids, params)
+        self._drafting.limits.check_request(prompt_ids, params)
         if request_id is None:
             request_id = f"request-{next(self._ids)}"
         elif self._scheduler.holds(request_id):
@@ -252,7 +260,7 @@ class Engine:
                     params,
                     seed=seed,
                     tokenizer=self.tokenizer,
-                    max_new_tokens=self._limits.max_new_tokens(prompt_ids, params),
+                    max_new_tokens=self._drafting.limits.max_new_tokens(prompt_ids, params),
                     matcher=matchers[i],
                 )
             )
@@ -274,14 +282,13 @@ class Engine:
 
     def set_tree(self, tree: TokenTree | None) -> None:
         """Decodes with this tree from the next step on, whatever the load; None is plain decoding."""
-        fixed = tree or TokenTree.root()
-        self._speculate(lambda: self._always(fixed))
+        self._speculate(tree or TokenTree.root())
 
-    def set_speculation(self, speculation: Speculation) -> None:
+    def set_speculation(self, speculation: SpeculationSetting) -> None:
         """From the next step on, as the constructor's argument of that name; "auto" measures once an engine."""
         if speculation == "auto" and self._step_times is None and self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
-        self._speculate(lambda: self._speculator_of(speculation, self._step_times))
+        self._speculate(speculation)
 
     @property
     def step_times(self) -> StepTimes | None:
@@ -290,14 +297,14 @@ class Engine:
 
     def set_policy(self, step_times: StepTimes) -> None:
         """Chooses among the checkpoint's trees by these step times from the next step on."""
-        self._speculate(lambda: self._adaptive(step_times))
+        self._speculate(step_times)
 
     def must_be_idle_for(self, checkpoint: Checkpoint) -> bool:
         """Whether running requests have to end before these heads can be taken: where their shape is another, or
         replies depend on heads, as they do under typical acceptance and never under exact."""
         if self.checkpoint is None:
             return False
-        return self._acceptance != "exact" or not self._has_shape_of(checkpoint)
+        return self._acceptance != "exact" or not self._drafting.has_shape_of(checkpoint)
 
     def swap_heads(self, checkpoint: Checkpoint) -> None:
         """Guesses with other heads of the same backbone from the next step on, for running requests too, and chooses
@@ -308,21 +315,19 @@ class Engine:
         if self.must_be_idle_for(checkpoint) and self.has_unfinished():
             raise RuntimeError("these heads can be taken only while no request runs; wait for those that do to end")
         check_pair(checkpoint.meta, self.backbone, self.tokenizer.digest)
-        has_same_shape = self._has_shape_of(checkpoint)
-        before = self.checkpoint, self.trees, self._grown, self._limits
-        trees, grown = ladder_of(checkpoint.meta), grown_tree(checkpoint.meta)
-        limits = self._limits.with_heads(checkpoint, trees)
-        self.checkpoint, self.trees, self._grown, self._limits = checkpoint, trees, grown, limits
+        before, after = self._drafting, self._drafting.with_heads(checkpoint)
+        has_same_shape = before.has_shape_of(checkpoint)
+        self._drafting = after
         try:
-            speculation = self._make_speculation()
+            speculation = self._speculation_of(self._asked)
             if not has_same_shape:
                 self._build_runner()
         except ValueError:
-            self.checkpoint, self.trees, self._grown, self._limits = before
+            self._drafting = before
             raise
         if has_same_shape:
-            heads = self._runner.take_heads(checkpoint.heads, grown.paths if grown else ())
-            self.checkpoint = replace(checkpoint, heads=heads)
+            heads = self._runner.take_heads(checkpoint.heads, after.grown.paths if after.grown else ())
+            self._drafting = replace(after, checkpoint=replace(checkpoint, heads=heads))
         self._loop.speculation = speculation
 
     def measure_step_times(
@@ -330,7 +335,7 @@ class Engine:
         batch_sizes: Items[int],
         trees: Items[TokenTree],
         *,
-        repeats: int = 5,
+        repeats: int = REPEATS,
         context: int | Items[int] = CONTEXT,
     ) -> StepTimes:
         """Times decode steps of this engine, idle, at each batch size and tree: the fastest of `repeats` rounds, with
@@ -338,7 +343,7 @@ class Engine:
         if self.has_unfinished():
             raise RuntimeError("step times are measured on an idle engine; wait for its requests to end")
         for tree in trees:
-            self._limits.check_tree(tree)
+            self._drafting.limits.check_tree(tree)
         contexts = [context] if isinstance(context, int) else context
         steps = {batch: [[tree] * batch for tree in trees] for batch in batch_sizes}
         return self._profiler.measure(steps, repeats=repeats, contexts=contexts)
@@ -346,84 +351,18 @@ class Engine:
     def _build_runner(self) -> None:
         self._runner = self._runner_of(None if self._acceptance == "exact" else self._acceptance)
         self._loop = StepLoop(self._runner, self._scheduler, self._counters)
-        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._limits, self.tokenizer)
+        self._profiler = Profiler(self._runner, self._scheduler, self._cache, self._drafting.limits, self.tokenizer)
 
     def _runner_of(self, acceptance: Typical | None) -> StepRunner:
-        """CUDA graphs of Triton kernels on a GPU, plain torch elsewhere."""
-        limits = self._limits
-        if self.backbone.device.type != "cuda":
-            return Runner(
-                self.backbone,
-                self.checkpoint,
-                self._cache,
-                max_batch_size=limits.max_batch_size,
-                guess_width=limits.guess_width,
-                acceptance=acceptance,
-            )
-        return self._graph_runner(acceptance)
+        return runner_of(self.backbone, self._cache, self._drafting, acceptance)
 
-    def _graph_runner(self, acceptance: Typical | None) -> StepRunner:
-        from medusa.engine.graph_runner import GraphRunner  # Triton is not installed everywhere
-
-        limits = self._limits
-        runner = GraphRunner(
-            self.backbone,
-            self.checkpoint,
-            self._cache,
-            max_batch_size=limits.max_batch_size,
-            max_tree_nodes=limits.max_nodes,
-            max_prefill_tokens=limits.most_prefill_tokens,
-            max_positions=limits.max_model_len + limits.max_nodes + limits.num_heads + 1,
-            guess_width=limits.guess_width,
-            acceptance=acceptance,
-            growth=self._grown.paths if self._grown else (),
-            lead_of=lead_of(self.backbone),
-        )
-        followers = followers_of(self.backbone)
-        return runner if followers is None else WatchedRunner(runner, followers)
-
-    def _has_shape_of(self, checkpoint: Checkpoint) -> bool:
-        """Whether these heads fit into the buffers of the ones in use."""
-        assert self.checkpoint is not None
-        limits = self._limits.with_heads(checkpoint, ladder_of(checkpoint.meta))
-        kind, other = ((c.meta.head_kind, c.config) for c in (self.checkpoint, checkpoint))
-        return kind == other and limits == self._limits
-
-    def _speculate(self, make: Callable[[], Speculator]) -> None:
+    def _speculate(self, asked: SpeculationSetting | TokenTree | StepTimes) -> None:
         """How steps get their trees; made again when the heads change."""
-        self._loop.speculation = make()
-        self._make_speculation = make
+        self._loop.speculation = self._speculation_of(asked)
+        self._asked = asked
 
-    def _always(self, tree: TokenTree) -> Speculator:
-        self._limits.check_tree(tree)
-        return Always(tree)
-
-    def _speculator_of(self, speculation: Speculation, step_times: StepTimes | None) -> Speculator:
-        if speculation == "off" or (speculation == "auto" and self.checkpoint is None):
-            return Always(TokenTree.root())
-        if speculation == "auto":
-            return self._adaptive(step_times)
-        sizes = {tree.num_nodes: tree for tree in self.trees}
-        if isinstance(speculation, bool) or speculation not in sizes:
-            raise ValueError(
-                f"speculation is 'auto', 'off' or a tree size of the ladder {sorted(sizes)}, got {speculation!r}"
-            )
-        return Always(sizes[int(speculation)])
-
-    def _adaptive(self, step_times: StepTimes | None) -> Adaptive:
-        grown = self._grown
-        if grown is None:
-            raise ValueError(
-                "choosing trees by their speed needs heads with a calibrated ladder of trees; run `medusa calibrate`, "
-                "or give speculation='off'"
-            )
-        buckets = self._runner.buckets
-        if buckets is not None:
-            times = step_times or self._profiler.measure_buckets(buckets, grown)
-            policy = Policy(grown, times, buckets)
-        else:
-            times = step_times or self.measure_step_times(self._profiler.batch_sizes(), self.trees)
-            sizes = Buckets(nodes=tuple(tree.num_nodes for tree in self.trees))
-            policy = Policy(grown, times, sizes, uniform=True)
-        self._step_times = times
-        return Adaptive(policy)
+    def _speculation_of(self, asked: SpeculationSetting | TokenTree | StepTimes) -> Speculation:
+        speculation = speculation_of(asked, self._drafting, self._profiler, self._step_times)
+        if isinstance(speculation, Adaptive):
+            self._step_times = speculation.policy.step_times
+        return speculation

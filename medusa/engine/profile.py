@@ -21,6 +21,7 @@ from medusa.tree import TokenTree
 
 T = TypeVar("T")
 
+REPEATS = 5  # rounds of each step, where nobody asks for another number
 CONTEXTS = (CONTEXT, 1024)  # of a profile that is measured at the start
 
 
@@ -35,6 +36,18 @@ class Profiler:
         self._scheduler = scheduler
         self._limits = limits
         self._tokenizer = tokenizer
+
+    @property
+    def buckets(self) -> Buckets | None:
+        """The runner's shapes; None where it takes any, and pads trees to the largest."""
+        return self._runner.buckets
+
+    def measure_choices(self, grown: GrownTree, trees: Items[TokenTree]) -> StepTimes:
+        """All that a policy over these heads may choose among."""
+        if self.buckets is not None:
+            return self.measure_buckets(self.buckets, grown)
+        steps = {batch: [[tree] * batch for tree in trees] for batch in self.batch_sizes()}
+        return self.measure(steps, repeats=REPEATS)
 
     def measure(
         self,

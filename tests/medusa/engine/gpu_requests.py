@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from medusa import Engine, Grammar, MedusaHeads, SamplingParams
+from medusa.engine.runners import graph_runner_of
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
@@ -33,7 +34,8 @@ needs_llguidance = pytest.mark.skipif(
 class GpuEngine(Engine):
     """Takes the GPU's runner on any device."""
 
-    _runner_of = Engine._graph_runner
+    def _runner_of(self, acceptance):
+        return graph_runner_of(self.backbone, self._cache, self._drafting, acceptance)
 
 
 def engine_of(kind, path, device, heads=MedusaHeads):

@@ -10,8 +10,9 @@ import pytest
 
 from medusa import StepTimes, TokenTree
 from medusa.engine.acceptance import MAX_FACTOR, MIN_FACTOR, Acceptance
+from medusa.engine.policy import Policy, best_tree
 from medusa.engine.shapes import Buckets
-from medusa.engine.speculation import Adaptive, Always, Policy, best_tree
+from medusa.engine.speculation import Adaptive, Always
 from medusa.growth import GrownTree
 from medusa.sampling import SamplingParams
 from medusa.tree import grow_in_order

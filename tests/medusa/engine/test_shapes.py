@@ -6,9 +6,9 @@ import random
 
 import pytest
 
+from medusa.engine.policy import Policy
 from medusa.engine.profile import spread_evenly
 from medusa.engine.shapes import BATCHES, Buckets, StepShapes
-from medusa.engine.speculation import Policy
 from tests.medusa.engine.test_policy import GROWN, gpu_profile, random_factors, random_profile
 
 

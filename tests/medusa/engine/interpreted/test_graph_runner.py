@@ -16,6 +16,7 @@ from medusa import Engine, MedusaHeads, SamplingParams
 from medusa.decoding import Typical
 from medusa.engine.graph_runner import GraphRunner
 from medusa.engine.kv_cache import PAGE_SIZE
+from medusa.engine.runners import graph_runner_of
 from medusa.kernels.typical import judge
 from medusa.model import Backbone
 from medusa.tokenizer import ChatTokenizer
@@ -30,7 +31,8 @@ PROMPTS = random_prompts([5, 40, 1, 9, 21, 3, 8], vocab=VOCAB)
 class GraphEngine(Engine):
     """On the GPU's runner wherever it is."""
 
-    _runner_of = Engine._graph_runner
+    def _runner_of(self, acceptance):
+        return graph_runner_of(self.backbone, self._cache, self._drafting, acceptance)
 
 
 def guessing(path, temperament=1.0):

@@ -9,7 +9,7 @@ import torch
 
 from medusa import Engine, SamplingParams
 from medusa.engine.decoder import FusedDecoder, fuse
-from medusa.engine.graph_runner import GraphRunner
+from medusa.engine.runners import graph_runner_of
 from medusa.kernels.tiles import plan_gated_of
 from medusa.model import Backbone
 from medusa.quantization import QuantizedWeight
@@ -26,18 +26,7 @@ class GraphEngine(Engine):
     """The GPU's runner on a CPU: its launches run in the interpreter."""
 
     def _runner_of(self, acceptance):
-        limits = self._limits
-        return GraphRunner(
-            self.backbone,
-            self.checkpoint,
-            self._cache,
-            max_batch_size=limits.max_batch_size,
-            max_tree_nodes=limits.max_nodes,
-            max_prefill_tokens=limits.most_prefill_tokens,
-            max_positions=256,
-            guess_width=limits.guess_width,
-            acceptance=acceptance,
-        )
+        return graph_runner_of(self.backbone, self._cache, self._drafting, acceptance)
 
 
 def replies(engine_class, folder, kind, tree):
