@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -248,32 +246,6 @@ def check_pair(meta: CheckpointMeta, backbone: Backbone, tokenizer_digest: str |
             f"these heads were trained with the tokenizer and chat template {trained}, but {backbone.name} comes with "
             f"{tokenizer_digest}; serve them with the tokenizer they were trained with"
         )
-
-
-@contextmanager
-def pair_checked(meta: CheckpointMeta, backbone: Backbone, tokenizer_digest: str) -> Iterator[None]:
-    """`check_pair` for a block that builds on the pair: before it or, while the weights are still being hashed, after
-    it. Nothing that the block has built is to be used before it has ended.
-
-    A block that fails is checked too: heads of another backbone are then what is raised.
-    """
-    if not _can_be_checked_late(meta, backbone):
-        check_pair(meta, backbone, tokenizer_digest)
-        yield
-        return
-    try:
-        yield
-    except Exception:
-        check_pair(meta, backbone, tokenizer_digest)
-        raise
-    check_pair(meta, backbone, tokenizer_digest)
-
-
-def _can_be_checked_late(meta: CheckpointMeta, backbone: Backbone) -> bool:
-    """Whether building on the pair does no harm where it is none: kernels trust the heads' sizes, and what several
-    processes have built together cannot be let go like an object."""
-    fits = (meta.heads.hidden_size, meta.heads.vocab_size) == (backbone.hidden_size, backbone.vocab_size)
-    return fits and backbone.rank is None and backbone.hashing is not None and not backbone.hashing.is_done
 
 
 def _check_adapter(folder: Path, reference: AdapterRef) -> None:

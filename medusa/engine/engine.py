@@ -14,11 +14,12 @@ from typing import Literal
 
 import torch
 
-from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint, pair_checked
+from medusa.checkpoint import Checkpoint, check_pair, load_checkpoint
 from medusa.decoding import Typical
 from medusa.engine.drafting import Drafting, ladder_of
 from medusa.engine.limits import Limits
 from medusa.engine.loop import StepLoop
+from medusa.engine.pairing import pair_checked
 from medusa.engine.profile import CONTEXT, REPEATS, Profiler
 from medusa.engine.runners import runner_of
 from medusa.engine.scheduler import Scheduler
