@@ -30,6 +30,11 @@ def read_state(directory: Path) -> dict[str, Any]:
     return values | load_file(Path(directory) / TENSORS)
 
 
+def below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What the names that begin so hold, by the rest of their names."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """With memory of their own: safetensors writes no tensor that shares another's, as tables of 8-bit moments do."""
     seen: set[int] = set()

@@ -1,4 +1,4 @@
-"""What steps add up to over all workers, and the error of sums that are not finite."""
+"""What steps add up to over all workers, and the watch for losses that are not finite."""
 
 from __future__ import annotations
 
@@ -67,3 +67,27 @@ class StepMetrics:
     totals: Totals
     loss: Tensor
     grad_norm: Tensor
+
+
+class NonFiniteWatch:
+    """Remembers, on the device, the first step at which each loss was not finite: asking at once would make every step
+    wait for it."""
+
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self._first_bad_step = torch.zeros(num_heads + 1, dtype=torch.long, device=device)  # the last: the model's
+
+    def note(self, totals: Totals, step: int) -> None:
+        """The totals of this step, from 1 on. On a CPU, where nothing is waited for, checks at once."""
+        losses = torch.cat([totals.heads.loss_K, totals.lm_L[:1]])
+        bad = ~losses.isfinite() & (self._first_bad_step == 0)
+        self._first_bad_step.masked_fill_(bad, step)
+        if self._first_bad_step.device.type == "cpu":
+            self.check()
+
+    def check(self) -> None:
+        """Raises NonFiniteLossError if any step so far had a loss that is not finite."""
+        bad = {k: step for k, step in enumerate(self._first_bad_step.tolist()) if step}
+        if bad:
+            first, lm = min(bad.values()), len(self._first_bad_step) - 1
+            bad_heads = [k for k, step in bad.items() if step == first and k != lm]
+            raise NonFiniteLossError(first, bad_heads, language_model=bad.get(lm) == first)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,11 @@ from medusa.training.hidden import RememberedHidden, check_packing, forward
 from medusa.training.loss import HeadTotals, count_covered, head_weights
 from medusa.training.objective import HeadsObjective, JointObjective, Sums
 from medusa.training.optimiser import Optimiser, named_groups
+from medusa.training.resume import Progress, load_training, save_training
 from medusa.training.schedule import TrainerConfig, heads_weight, learning_rate
-from medusa.training.sharding import is_sharded, load_sharded, save_sharded, whole
-from medusa.training.state import read_state, write_state
-from medusa.training.totals import NonFiniteLossError, StepMetrics, Totals
-
-SHARDS, PROGRESS = "shards", "progress"
+from medusa.training.sharding import is_sharded, whole
+from medusa.training.state import below
+from medusa.training.totals import NonFiniteWatch, StepMetrics, Totals
 
 
 class Trainer:
@@ -63,8 +61,6 @@ class Trainer:
         self.sampler = _sampler(self.rows, config, rank, world_size)
         self.total_steps = config.total_steps(self.sampler.steps_per_epoch)
         self.heads = heads.to(backbone.device, torch.promote_types(backbone.dtype, torch.float32)).train()
-        self.step = 0
-        self.tokens_seen = 0
         self._device = device or backbone.device
         self._base_dtype = backbone.dtype
         self._half = backbone.dtype.itemsize == 2
@@ -80,8 +76,18 @@ class Trainer:
         self.memory = self._make_memory() if config.hidden_cache_gib else None
         weights = head_weights(heads.config.num_heads, config.head_decay)
         self._weights_K = torch.tensor(weights, dtype=torch.float64, device=self._device)
-        self._window = Totals.zeros(heads.config.num_heads, self._device)
-        self._first_bad_step = torch.zeros(heads.config.num_heads + 1, dtype=torch.long, device=self._device)
+        self._progress = Progress(self.row_counts, config, heads.config.num_heads, self._device)
+        self._watch = NonFiniteWatch(heads.config.num_heads, self._device)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self._progress.step
+
+    @property
+    def tokens_seen(self) -> int:
+        """Of all workers, in those steps."""
+        return self._progress.tokens_seen
 
     @property
     def finished(self) -> bool:
@@ -107,19 +113,17 @@ class Trainer:
                 with self._gradients_meet(last=index == len(batches) - 1):
                     local += self._backward(batch, counts, weight)
         totals = self._over_workers(local)
-        self._note_non_finite(totals)
+        self._watch.note(totals, self.step + 1)
         rate = learning_rate(self.config, self.step, self.total_steps)
         grad_norm = self._update(rate)
-        self._window += totals
         tokens = sum(len(self.rows[index]) for index in self.sampler.global_rows(self.step))
-        self.step += 1
-        self.tokens_seen += tokens
+        self._progress.advance(totals, tokens)
         return StepMetrics(self.step, rate, weight, tokens, totals, self._objective(totals, weight), grad_norm)
 
     def take_record(self, metrics: StepMetrics) -> dict[str, float]:
         """Plain numbers of the steps since the last record (`metrics` being the last of them); waits for the device."""
-        self.check_finite()
-        window = self._window
+        self._watch.check()
+        window = self._progress.take_window()
         record = {
             "step": metrics.step,
             "loss": float(self._objective(window, metrics.heads_weight)),
@@ -128,7 +132,6 @@ class Trainer:
             "grad_norm": float(metrics.grad_norm),
             "tokens_seen": self.tokens_seen,
         }
-        self._window = Totals.zeros(len(self._weights_K), self._device)
         return record | window.record()
 
     @torch.no_grad()
@@ -147,65 +150,16 @@ class Trainer:
         weight = heads_weight(self.config, max(self.step - 1, 0), self.total_steps)
         return {"loss": float(self._objective(totals, weight))} | totals.record()
 
-    def check_finite(self) -> None:
-        """Raises NonFiniteLossError if any step so far had a loss that is not finite."""
-        bad = {k: step for k, step in enumerate(self._first_bad_step.tolist()) if step}
-        if bad:
-            first, lm = min(bad.values()), len(self._weights_K)
-            bad_heads = [k for k, step in bad.items() if step == first and k != lm]
-            raise NonFiniteLossError(first, bad_heads, language_model=bad.get(lm) == first)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a later process needs to go on with the same numbers: flat, tensors and JSON values."""
-        self.check_finite()
-        state = self.progress() | {name: parameter.detach() for name, parameter in self._optimiser.parameters.items()}
-        state |= {f"heads.{name}": buffer for name, buffer in self.heads.named_buffers()}
-        return state | {f"optimizer.{name}": value for name, value in self._optimiser.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; any number of workers, the same rows and batches."""
-        self.load_progress(state)
-        with torch.no_grad():
-            for name, parameter in self._optimiser.parameters.items():
-                parameter.copy_(state[name])
-        self._optimiser.load_state_dict(_below(state, "optimizer."))
-
-    def progress(self) -> dict[str, Any]:
-        """The part of the state that is not weights or moments: where training stands."""
-        return {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "sampler": self._sampler_identity(),
-            "window": self._window.heads.values_MK,
-            "window_lm": self._window.lm_L,
-        }
-
-    def load_progress(self, state: dict[str, Any]) -> None:
-        if state["sampler"] != self._sampler_identity():
-            raise ValueError(
-                f"this state was saved over {state['sampler']}, the trainer has {self._sampler_identity()}; "
-                "resume with the same rows, batch size and seed, or start anew"
-            )
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self._window = Totals(HeadTotals(state["window"].to(self._device)), state["window_lm"].to(self._device))
-
     def save_state(self, directory: Path) -> None:
-        """Writes the state as a new folder: atomically, as safetensors and JSON; of sharded workers each its part
-        (every worker then calls it, with a folder of its own or the same)."""
-        if not self.sharded:
-            write_state(directory, self.state_dict())
-            return
-        self.check_finite()
-        save_sharded(directory / SHARDS, self._optimiser)
-        if self.sampler.rank == 0:
-            write_state(directory / PROGRESS, self.progress())
+        """Writes all that a later process needs to go on with the same numbers, as a new folder; every worker calls it
+        where they are sharded. Raises NonFiniteLossError rather than save what a loss that was not finite has spoilt.
+        """
+        self._watch.check()
+        save_training(directory, self._progress, self.heads, self._optimiser, leads=self.sampler.rank == 0)
 
     def load_state(self, directory: Path) -> None:
-        if not self.sharded:
-            self.load_state_dict(read_state(directory))
-            return
-        self.load_progress(read_state(directory / PROGRESS))
-        load_sharded(directory / SHARDS, self._optimiser)
+        """Goes on where a state was saved; any number of workers, the same rows and batches."""
+        load_training(directory, self._progress, self._optimiser)
 
     @property
     def sharded(self) -> bool:
@@ -226,7 +180,7 @@ class Trainer:
         """The heads of `whole_weights` as a module of their own, in the type that they are served in."""
         token_map = self.heads.token_map.cpu() if self.heads.config.vocabulary == "truncated" else None
         heads = type(self.heads)(self.heads.config, token_map)
-        heads.load_state_dict(_below(weights, "heads."), strict=False)
+        heads.load_state_dict(below(weights, "heads."), strict=False)
         return heads.to(self.served_dtype)
 
     @property
@@ -310,14 +264,6 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._half)
 
-    def _note_non_finite(self, totals: Totals) -> None:
-        """Remembers the first bad step on the device; asking at once would make every step wait for it."""
-        losses = torch.cat([totals.heads.loss_K, totals.lm_L[:1]])
-        bad = ~losses.isfinite() & (self._first_bad_step == 0)
-        self._first_bad_step.masked_fill_(bad, self.step + 1)
-        if self._device.type == "cpu":
-            self.check_finite()
-
     def _objective(self, totals: Totals, weight: float) -> Tensor:
         lm = totals.lm_L[0] / totals.lm_L[-1].clamp_min(1)
         return weight * (self._weights_K * totals.heads.mean_loss_K).sum() + lm
@@ -335,13 +281,6 @@ class Trainer:
             dist.all_reduce(values)
         return values
 
-    def _sampler_identity(self) -> dict[str, int]:
-        return asdict(self.row_counts) | {
-            "seed": self.config.seed,
-            "batch_size": self.config.batch_size,
-            "bucket_batches": self.config.bucket_batches,
-        }
-
 
 def _sampler(rows: Sequence[Row], config: TrainerConfig, rank: int, world_size: int) -> EpochSampler:
     return EpochSampler(
@@ -353,7 +292,3 @@ def _sampler(rows: Sequence[Row], config: TrainerConfig, rank: int, world_size: 
         lengths=[len(row) for row in rows],
         bucket_batches=config.bucket_batches,
     )
-
-
-def _below(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
