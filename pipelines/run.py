@@ -29,7 +29,8 @@ from pipelines.quality import QualityConfig, measure_quality
 from pipelines.register import RegisterConfig, champion_folder, champion_for, register
 from pipelines.summary import RunSummary
 from pipelines.tracking import Tracker, TrackingConfig
-from pipelines.train import TrainConfig, train, trained_backbone
+from pipelines.train import train, trained_backbone
+from pipelines.train_config import TrainConfig
 from registry.object_store import ObjectFolder
 
 T = TypeVar("T")

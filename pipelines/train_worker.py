@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import psutil
 import pyarrow.parquet as pq
@@ -38,9 +38,7 @@ from medusa.training.trainer import Trainer
 from medusa.weights import model_directory, weights_digest
 from pipelines.journal import RunLog
 from pipelines.split import is_held_back
-
-if TYPE_CHECKING:
-    from pipelines.train import TrainConfig
+from pipelines.train_config import TrainConfig
 
 METRICS = "metrics.jsonl"
 CHECKPOINT, BACKBONE, ADAPTER = "checkpoint", "backbone", ".adapter"

@@ -17,7 +17,7 @@ from medusa.checkpoint import BackboneRef, Calibration, CheckpointMeta, save_che
 from medusa.config import ConfigError
 from medusa.heads import HeadsConfig, MedusaHeads
 from medusa.hydra import HydraHeads
-from pipelines.train import HeadsChoice
+from pipelines.train_config import HeadsChoice
 
 DEMO = Path(__file__).resolve().parents[2] / "pipelines" / "configs" / "demo.yaml"
 VICUNA = "lmsys/vicuna-7b-v1.5"

@@ -34,7 +34,8 @@ from pipelines.quality import (
 )
 from pipelines.run import ModelConfig, RunContext
 from pipelines.tracking import Tracker, TrackingConfig
-from pipelines.train import HeadsChoice, TrainConfig, trained_backbone
+from pipelines.train import trained_backbone
+from pipelines.train_config import HeadsChoice, TrainConfig
 from pipelines.train_worker import read_records
 from tests.pipelines.test_train import CONFIG, losses, reopen, run, stop_once, vanish
 

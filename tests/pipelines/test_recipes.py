@@ -22,7 +22,7 @@ from pipelines.plan.figures import load_figures
 from pipelines.plan.recipe import recipe_of
 from pipelines.plan.training import Data, plan_training
 from pipelines.run import PipelineConfig, load_pipeline, run_pipeline
-from pipelines.train import HeadsChoice
+from pipelines.train_config import HeadsChoice
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "pipelines" / "configs"

@@ -13,7 +13,7 @@ import torch
 
 from medusa.training.schedule import JointConfig, TrainerConfig
 from medusa.training.sharding import shard
-from pipelines.train import TrainConfig
+from pipelines.train_config import TrainConfig
 from pipelines.train_worker import distributed, loaded_on
 from tests.pipelines.test_train import CONFIG, losses, run
 
