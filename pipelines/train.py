@@ -12,11 +12,8 @@ config can never pick up another's. With `num_workers` 0 all happens in this pro
 
 from __future__ import annotations
 
-import json
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +30,15 @@ from pipelines.artifact import StepDir, StepOutput, open_step
 from pipelines.curves import CURVES, draw_curves
 from pipelines.distill import DATA
 from pipelines.journal import RunLog
-from pipelines.progress import Advance
+from pipelines.records import METRICS, following, read_records
 from pipelines.tracking import TrackingUnavailable
 from pipelines.train_config import HeadsChoice, TrainConfig
 from pipelines.train_worker import (
     BACKBONE,
     CHECKPOINT,
-    METRICS,
     STATES,
     TrainJob,
     TrainOutcome,
-    read_records,
     read_rows,
     train_here,
     train_on_ray,
@@ -54,7 +49,6 @@ if TYPE_CHECKING:
 
 STEP_VERSION = 2
 RAY = ".ray"
-_POLL_S, _TAIL_BYTES = 0.5, 1 << 16
 
 
 class TrainError(RuntimeError):
@@ -102,7 +96,7 @@ def train(
             on_step=on_step,
         )
         total_steps = config.trainer.total_steps(-(-len(rows) // config.trainer.batch_size))
-        with context.bar("train", total_steps) as advance, _following(step.path / METRICS, advance):
+        with context.bar("train", total_steps) as advance, following(step.path / METRICS, advance):
             outcome = train_here(job) if config.num_workers == 0 else _fit(job)
         if outcome.failure is not None:
             raise TrainError(outcome.failure)
@@ -206,36 +200,3 @@ def trained_backbone(trained: StepOutput, base: str) -> str:
     """The model that the trained heads run on: the merged one of a joint training, else the base."""
     merged = trained.path / BACKBONE
     return str(merged) if merged.is_dir() else base
-
-
-def _last_step(metrics: Path) -> int:
-    """Of the last whole line, without reading the file from its start each time."""
-    if not metrics.exists():
-        return 0
-    with metrics.open("rb") as file:
-        file.seek(max(metrics.stat().st_size - _TAIL_BYTES, 0))
-        lines = file.read().split(b"\n")
-    return int(json.loads(lines[-2])["step"]) if len(lines) > 2 else 0
-
-
-@contextmanager
-def _following(metrics: Path, advance: Advance) -> Iterator[None]:
-    """Moves the bar by what the workers write to metrics.jsonl, wherever they run."""
-    ended = threading.Event()
-
-    def follow() -> None:
-        shown, more = 0, True
-        while more:
-            more = not ended.wait(_POLL_S)
-            done = _last_step(metrics)
-            if done > shown:
-                advance(done - shown)
-                shown = done
-
-    thread = threading.Thread(target=follow, name="train-progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

@@ -8,17 +8,13 @@ the checkpoint's step before it goes on: each step is there once.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
@@ -37,10 +33,10 @@ from medusa.training.totals import NonFiniteLossError
 from medusa.training.trainer import Trainer
 from medusa.weights import model_directory, weights_digest
 from pipelines.journal import RunLog
+from pipelines.records import METRICS, Recorder
 from pipelines.split import is_held_back
 from pipelines.train_config import TrainConfig
 
-METRICS = "metrics.jsonl"
 CHECKPOINT, BACKBONE, ADAPTER = "checkpoint", "backbone", ".adapter"
 STATE, STATES = "state", ".states"
 
@@ -135,7 +131,8 @@ def run_training(job: TrainJob, trainer: Trainer, checkpoints: Checkpoints, *, l
     """Trains to the end from the last checkpoint. The worker that `leads` writes records and the heads."""
     config = job.config.trainer
     checkpoints.restore(trainer)
-    recorder = Recorder(job, trainer) if leads else None
+    metrics_file = job.step_folder / METRICS
+    recorder = Recorder(metrics_file, job.log, trainer.step, trainer.tokens_seen) if leads else None
     validation = validation_rows(job) if job.config.validate_every else []
     try:
         while not trainer.finished:
@@ -257,58 +254,6 @@ class FolderCheckpoints:
 
     def _states(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
-
-
-class Recorder:
-    """Appends records to metrics.jsonl and to the run's journal, with tokens a second since the last one."""
-
-    def __init__(self, job: TrainJob, trainer: Trainer) -> None:
-        self._path = job.step_folder / METRICS
-        self._log = job.log
-        self._keep_until(trainer.step)
-        self._tokens, self._time = trainer.tokens_seen, time.monotonic()
-
-    def write(self, record: Mapping[str, float]) -> None:
-        now, tokens = time.monotonic(), int(record["tokens_seen"])
-        rate = (tokens - self._tokens) / max(now - self._time, 1e-9)
-        self._tokens, self._time = tokens, now
-        line = {**record, "tokens_per_second": rate, **system_metrics()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        values = {name: value for name, value in line.items() if name != "step"}
-        self._log.log_metrics(values, step=int(record["step"]))
-
-    def _keep_until(self, step: int) -> None:
-        """Drops what a killed worker wrote after its last checkpoint; those steps come again."""
-        kept = [record for record in read_records(self._path) if record["step"] <= step]
-        partial = self._path.with_name(f".{METRICS}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(partial, self._path)
-
-
-def system_metrics() -> dict[str, float]:
-    """Of the machine and process that trains; utilisations are since the last call."""
-    process = psutil.Process()
-    metrics = {
-        "system/cpu_percent": psutil.cpu_percent(),
-        "system/memory_percent": psutil.virtual_memory().percent,
-        "system/process_memory_gib": process.memory_info().rss / 2**30,
-    }
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        metrics["system/gpu_memory_gib"] = (total - free) / 2**30
-        metrics["system/gpu_peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return metrics
-
-
-def read_records(path: Path) -> list[dict[str, float]]:
-    """The records of metrics.jsonl; a last line that a kill cut off is no record."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def distributed(module: nn.Module) -> nn.Module:

@@ -32,11 +32,11 @@ from pipelines.quality import (
     read_questions,
     task_accuracy,
 )
+from pipelines.records import read_records
 from pipelines.run import ModelConfig, RunContext
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import trained_backbone
 from pipelines.train_config import HeadsChoice, TrainConfig
-from pipelines.train_worker import read_records
 from tests.pipelines.test_train import CONFIG, losses, reopen, run, stop_once, vanish
 
 LORA = replace(CONFIG.trainer, joint=JointConfig(rank=4, dropout=0.1, heads_only_ratio=0.3), lr=2e-2)

@@ -28,12 +28,13 @@ from medusa.training.batch import Row
 from medusa.training.schedule import HeadsLossConfig, TrainerConfig
 from pipelines.artifact import StepOutput, open_step
 from pipelines.distilled import SCHEMA
+from pipelines.records import read_records
 from pipelines.run import ModelConfig, RunContext
 from pipelines.split import is_held_back
 from pipelines.tracking import Tracker, TrackingConfig
 from pipelines.train import TrainError, frequent_reply_tokens, train
 from pipelines.train_config import HeadsChoice, TrainConfig
-from pipelines.train_worker import read_records, read_rows
+from pipelines.train_worker import read_rows
 
 CONFIG = TrainConfig(
     heads=HeadsChoice(num_heads=2),
