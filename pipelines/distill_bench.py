@@ -30,7 +30,8 @@ import torch
 
 from medusa.config import ConfigError
 from pipelines.answering import first_prompt
-from pipelines.distill import DATA, DistillConfig, distill, engine_builder
+from pipelines.distill import DATA, distill, engine_builder
+from pipelines.distill_config import DistillConfig
 from pipelines.prompt_files import Prompt
 from pipelines.prompts import write_prompts
 

@@ -22,7 +22,8 @@ from pipelines import progress
 from pipelines.adopt import adopt
 from pipelines.artifact import StepOutput, mirrored_to, only_complete_steps
 from pipelines.calibrate import CHECKPOINT, CalibrateConfig, calibrate
-from pipelines.distill import CHAMPION, DistillConfig, distill
+from pipelines.distill import CHAMPION, distill
+from pipelines.distill_config import DistillConfig
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.prompts import PromptsConfig, prepare_prompts
 from pipelines.quality import QualityConfig, measure_quality

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from medusa.config import ConfigError
 from medusa.engine.step_times import StepTimes
 from medusa.heads import HeadsConfig
-from pipelines.distill import DistillConfig
+from pipelines.distill_config import DistillConfig
 from pipelines.plan.collectives import Network
 from pipelines.plan.data_parallel import ScaledStep, ddp_step, fsdp_step, step_work
 from pipelines.plan.figures import Basis, Figure, Figures, Method, weakest

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from medusa.config import ConfigError
-from pipelines.distill import DistillConfig
 from pipelines.distill_bench import bench_distill, markdown, write_result
+from pipelines.distill_config import DistillConfig
 from pipelines.prompt_files import Prompt
 from pipelines.run import ModelConfig, RunContext
 from pipelines.tracking import Tracker, TrackingConfig
