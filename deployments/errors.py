@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from deployments.admission import QueueFull
-from deployments.async_engine import EngineUnavailable
 from deployments.fields import explain
+from deployments.open_streams import EngineUnavailable
 
 TYPES = {
     400: "BadRequestError",

@@ -69,7 +69,7 @@ class HeadsSlot:
     async def _take(self, config: HeadsConfig) -> None:
         wanted = await asyncio.to_thread(verified, config)
         if wanted == self._engine.heads:
-            self._engine.failed_heads = None
+            self._engine.heads_kept()
             return
         if config.heads is None:
             raise CheckpointError("heads cannot be taken away from a running replica; redeploy without them")

@@ -16,11 +16,11 @@ from ray import serve
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments import logs
-from deployments.async_engine import EngineUnavailable
 from deployments.autoscaling import autoscaling_options, load_of
 from deployments.config import HeadsConfig, ServerConfig
 from deployments.loading import LoadedService, load_service, settle_process
 from deployments.metrics import RayMirror
+from deployments.open_streams import EngineUnavailable
 from deployments.tracing import exporter_class
 from medusa.config import to_dict, validate
 

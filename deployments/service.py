@@ -15,9 +15,10 @@ from fastapi.responses import Response
 
 from deployments import errors
 from deployments.admission import QueueFull
-from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.async_engine import AsyncEngine
 from deployments.chat_protocol import ChatCompletionRequest
 from deployments.errors import ApiError
+from deployments.open_streams import EngineUnavailable
 from deployments.prompts import Prompts
 from deployments.protocol import DEFAULT_COMPLETION_TOKENS, CompletionRequest, GenerationRequest
 from deployments.replies import ChatReply, Head, TextReply

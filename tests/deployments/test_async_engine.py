@@ -10,8 +10,9 @@ from contextlib import aclosing
 import pytest
 
 from deployments.admission import Demand, QueueFull
-from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.async_engine import AsyncEngine
 from deployments.handover import Pace
+from deployments.open_streams import EngineUnavailable
 from medusa import Engine, SamplingParams
 from tests.deployments.conftest import HeldSteps
 
@@ -59,7 +60,7 @@ async def test_one_callback_a_step_serves_every_stream_of_the_loop(async_engine,
     monkeypatch.setattr(loop, "call_soon_threadsafe", lambda call, batch: posts.append(batch) or post(call, batch))
     scripted.gate.clear()
     running = [asyncio.ensure_future(collect(async_engine)) for _ in range(3)]
-    await until(lambda: async_engine._step_started)
+    await until(lambda: async_engine._thread.step_started)
     scripted.gate.set()
     await asyncio.gather(*running)
     with_outputs = [batch for batch in posts if batch[0][1] is not None]
@@ -113,7 +114,7 @@ async def test_a_cancelled_caller_frees_its_sequences(async_engine, scripted):
 async def test_a_caller_cancelled_before_the_engine_answered_frees_its_place(async_engine, scripted):
     scripted.gate.clear()
     first = asyncio.ensure_future(collect(async_engine))
-    await until(lambda: async_engine._step_started)
+    await until(lambda: async_engine._thread.step_started)
     second = asyncio.ensure_future(async_engine.submit([("hello", GREEDY)]))
     await asyncio.sleep(0)
     second.cancel()
@@ -121,7 +122,7 @@ async def test_a_caller_cancelled_before_the_engine_answered_frees_its_place(asy
         await second
     scripted.gate.set()
     assert await first
-    await until(lambda: async_engine._inbox.empty() and async_engine.stats().running == 0)
+    await until(lambda: async_engine._thread._inbox.empty() and async_engine.stats().running == 0)
     assert not scripted.has_unfinished()
     assert not async_engine._open
 
@@ -188,7 +189,7 @@ async def test_a_hundred_callers_that_leave_leave_no_page_behind(real):
     await until(lambda: engine.stats().pages_used == engine.stats().running == engine.stats().waiting == 0)
     assert max(found.running for found in steps.found) == 4
     assert max(found.pages for found in steps.found) >= 2 * 4
-    assert not engine._open and not engine._requests
+    assert not engine._open and not engine._thread._requests
     assert len(steps.found) < 400  # to their ends, four at a time, the replies would take over 2,000
     assert (await collect(engine))[-1].finished.finish_reason == "length"
 
@@ -213,7 +214,7 @@ async def test_more_replies_than_the_service_holds_are_the_callers_fault(async_e
 async def test_a_failing_step_ends_every_stream_and_refuses_new_ones(async_engine, scripted, caplog):
     scripted.gate.clear()
     running = [asyncio.ensure_future(collect(async_engine)) for _ in range(3)]
-    await until(lambda: async_engine._step_started)
+    await until(lambda: async_engine._thread.step_started)
     scripted.fault = RuntimeError("CUDA error: an illegal memory access at /secret/path")
     scripted.gate.set()
     for error in await asyncio.gather(*running, return_exceptions=True):
@@ -230,7 +231,7 @@ async def test_a_step_that_hangs_is_unhealthy(scripted):
     engine = AsyncEngine(scripted, stall_timeout_s=0.05)
     scripted.gate.clear()
     running = asyncio.ensure_future(collect(engine))
-    await until(lambda: engine._step_started)
+    await until(lambda: engine._thread.step_started)
     await asyncio.sleep(0.1)
     with pytest.raises(EngineUnavailable, match="has not ended for"):
         engine.check_health()
@@ -244,9 +245,9 @@ async def test_close_ends_the_thread_and_what_still_runs(scripted):
     engine = AsyncEngine(scripted)
     scripted.gate.clear()
     stream = await engine.submit([("hello", SamplingParams(max_tokens=250))])
-    await until(lambda: engine._step_started)
+    await until(lambda: engine._thread.step_started)
     closing = asyncio.ensure_future(asyncio.to_thread(engine.close))
-    await until(lambda: not engine._inbox.empty())
+    await until(lambda: not engine._thread._inbox.empty())
     scripted.gate.set()
     await closing
     assert not engine._thread.is_alive()

@@ -10,9 +10,10 @@ import httpx
 import pytest
 
 from deployments.api import build_api
-from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.async_engine import AsyncEngine
 from deployments.config import HeadsConfig
 from deployments.heads_slot import HeadsSlot, verified
+from deployments.open_streams import EngineUnavailable
 from deployments.streams import HeadsVersion
 from medusa import SamplingParams
 from medusa.checkpoint import CheckpointError, CheckpointMismatchError
@@ -144,12 +145,12 @@ async def test_an_engine_that_ends_tells_those_who_wait_and_not_those_who_left(s
     old = await engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
     waiting, gone = [asyncio.ensure_future(engine.swap_heads("new heads", NEW)) for _ in range(2)]
-    await until(lambda: engine._postponed or not engine._inbox.empty())
+    await until(lambda: engine._thread._postponed or not engine._thread._inbox.empty())
     gone.cancel()
     await asyncio.sleep(0.01)
     if not close:
         scripted.fault = RuntimeError("broken")
-    engine._inbox.put(None) if close else None
+    engine._thread._inbox.put(None) if close else None
     scripted.gate.set()
     with pytest.raises(EngineUnavailable):
         await waiting
@@ -202,10 +203,10 @@ async def test_heads_that_need_an_idle_engine_wait_for_what_runs_and_new_request
     old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
     swap = asyncio.ensure_future(async_engine.swap_heads("new heads", NEW))
-    await until(lambda: async_engine._postponed or not async_engine._inbox.empty())
+    await until(lambda: async_engine._thread._postponed or not async_engine._thread._inbox.empty())
     scripted.pause_after = 2
     scripted.gate.set()  # one step more, and the swap is seen while the reply still runs
-    await until(lambda: async_engine._postponed)
+    await until(lambda: async_engine._thread._postponed)
     new = asyncio.ensure_future(async_engine.submit([("hello", SamplingParams(max_tokens=4))]))
     gone = asyncio.ensure_future(async_engine.submit([("hello", SamplingParams(max_tokens=4))]))
     await asyncio.sleep(0.01)
@@ -246,13 +247,13 @@ async def test_a_swap_whose_caller_left_while_it_waited_is_not_made(async_engine
     old = await async_engine.submit([("hello", SamplingParams(max_tokens=40))])
     await anext(old)
     swap = asyncio.ensure_future(async_engine.swap_heads("new heads", NEW))
-    await until(lambda: async_engine._postponed or not async_engine._inbox.empty())
+    await until(lambda: async_engine._thread._postponed or not async_engine._thread._inbox.empty())
     swap.cancel()
     with pytest.raises(asyncio.CancelledError):
         await swap
     scripted.gate.set()
     async for _ in old:
         pass
-    await until(lambda: async_engine._inbox.empty() and not async_engine._postponed)
+    await until(lambda: async_engine._thread._inbox.empty() and not async_engine._thread._postponed)
     assert scripted.swapped == [] and async_engine.heads == HeadsVersion()
     async_engine.check_health()

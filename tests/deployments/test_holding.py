@@ -75,7 +75,7 @@ async def first_output(stream):
 async def test_a_held_launch_takes_the_next_request_along(scripted):
     scripted.max_batch_size = 2
     engine = AsyncEngine(scripted)
-    engine._holding = Patient()
+    engine._thread._holding = Patient()
     try:
         params = SamplingParams(max_tokens=30)
         one = await engine.submit([("hello", params)])
@@ -87,7 +87,7 @@ async def test_a_held_launch_takes_the_next_request_along(scripted):
         async for _, output in one:
             tokens += len(output.token_ids)
         assert tokens == 30
-        assert 0 < engine._holding.held_s < 60
+        assert 0 < engine._thread._holding.held_s < 60
         assert scripted.has_unfinished()  # the second, held again: the first has left its place
         two.close()
         while engine.stats().running:  # what leaves ends the hold as well

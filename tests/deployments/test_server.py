@@ -24,10 +24,10 @@ from fastapi.testclient import TestClient
 from safetensors import SafetensorError
 
 from deployments import local
-from deployments.async_engine import EngineUnavailable
 from deployments.autoscaling import LoadPolicy
 from deployments.config import ServerConfig
 from deployments.loading import load_service
+from deployments.open_streams import EngineUnavailable
 from deployments.server import MedusaServer, build_app
 from medusa import Engine, SamplingParams
 from medusa.checkpoint import CheckpointMismatchError

@@ -11,8 +11,9 @@ import pytest
 
 from deployments.admission import Demand
 from deployments.api import build_api
-from deployments.async_engine import AsyncEngine, EngineUnavailable
+from deployments.async_engine import AsyncEngine
 from deployments.handover import Handover, Pace
+from deployments.open_streams import EngineUnavailable
 from deployments.streams import Stream, join
 from medusa import Output, SamplingParams, TokenLogprob
 
