@@ -21,15 +21,17 @@ from medusa.config import ConfigError
 from medusa.model import UnsupportedModelError
 from medusa.quantization import QuantizationError
 from medusa.weights import ModelNotFoundError
-from pipelines.artifact import DamagedStepError, StepMissingError, TryAgain
+from pipelines.artifact import StepMissingError
 from pipelines.bench import EvaluateError
 from pipelines.calibrate import CalibrateError
 from pipelines.distill import DistillError
 from pipelines.distilled import DistilledTableError
+from pipelines.manifest import DamagedStepError
 from pipelines.report import ReportError
 from pipelines.train import TrainError
 from registry.connection import MlflowUnavailable
 from registry.gate import GateRefused
+from registry.lease import TryAgain
 from registry.versions import RegistryError
 
 FAILED, USAGE, REFUSED, TRY_AGAIN = 1, 2, 3, 4

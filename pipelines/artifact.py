@@ -9,16 +9,13 @@ done, whoever did it. An incomplete folder is kept as it is and resumed.
         ...                                   # write files below step_dir.path
         return step_dir.commit({"counts": {"written": 800}}, outputs=["table"])
 
-What a step needs from storage is small: a lease (registry/lease.py) and `_publish`. Within `mirrored_to` an object
-store is the truth, and the folder here its scratch copy (pipelines/mirror.py).
+What a step needs from storage is small: a lease (registry/lease.py) and one atomic move (pipelines/manifest.py).
+Within `mirrored_to` an object store is the truth, and the folder here its scratch copy (pipelines/mirror.py).
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -28,33 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from medusa.config import canonical_json
+from pipelines.manifest import MANIFEST, content_digest, describe, manifest_text, plain, publish, read_manifest
 from pipelines.mirror import Mirror
-from registry.lease import DEFAULT_TTL_S, Lease, LeaseHeldError, LeaseLostError, TryAgain
+from registry.lease import DEFAULT_TTL_S, Lease
 from registry.object_store import ObjectFolder
 
-__all__ = [
-    "DamagedStepError",
-    "LeaseHeldError",
-    "LeaseLostError",
-    "StepDir",
-    "StepMissingError",
-    "StepOutput",
-    "TryAgain",
-    "mirrored_to",
-    "only_complete_steps",
-    "open_step",
-    "read_output",
-    "step_key",
-]
-
-MANIFEST = "manifest.json"
 FOLDER_KEY_LENGTH = 16
-_INTERNAL = (
-    MANIFEST,
-    "lease.",
-    "tracking.",
-    ".",
-)  # beginnings of the names in a step folder that are no output
 _only_complete: ContextVar[bool] = ContextVar("only_complete", default=False)
 _store: ContextVar[ObjectFolder | None] = ContextVar("store", default=None)
 _OURS = ("step", "version", "key", "config", "inputs", "outputs", "created", "digest")
@@ -62,10 +38,6 @@ _OURS = ("step", "version", "key", "config", "inputs", "outputs", "created", "di
 
 class StepMissingError(FileNotFoundError):
     """A step was to be complete already, and is not."""
-
-
-class DamagedStepError(RuntimeError):
-    """A step that was complete lacks files or holds changed ones; the message says which, and the remedy."""
 
 
 def step_key(step: str, version: int, config: Any, inputs: Mapping[str, str]) -> str:
@@ -85,7 +57,7 @@ class StepOutput:
 
     @property
     def digest(self) -> str:
-        return _digest(self.manifest["outputs"])
+        return content_digest(self.manifest["outputs"])
 
 
 @dataclass
@@ -126,15 +98,15 @@ class StepDir:
         taken = sorted(set(told) & set(_OURS))
         if taken:
             raise ValueError(f"{taken} are written by commit itself; outputs are given as outputs=[...]")
-        complete = {**_plain(told), **self.identity, "outputs": _describe(self.path, outputs)}
+        complete = {**plain(told), **self.identity, "outputs": describe(self.path, outputs)}
         complete.setdefault("counts", {})
         complete["created"] = datetime.now(UTC).isoformat(timespec="seconds")
-        complete["digest"] = _digest(complete)
+        complete["digest"] = content_digest(complete)
         lease = self._held()
         with lease.while_held():
             if self.mirror is not None:
-                self.mirror.publish(complete, _manifest_text(complete))
-            _publish(self.path / MANIFEST, _manifest_text(complete))
+                self.mirror.publish(complete, manifest_text(complete))
+            publish(self.path / MANIFEST, manifest_text(complete))
         self.manifest = complete
         return self.output
 
@@ -161,11 +133,11 @@ def open_step(
     """
     key = step_key(step, version, config, inputs)
     path = Path(root) / step / key[:FOLDER_KEY_LENGTH]
-    identity = _plain({"step": step, "version": version, "key": key, "config": config, "inputs": dict(inputs)})
+    identity = plain({"step": step, "version": version, "key": key, "config": config, "inputs": dict(inputs)})
     mirror = _mirror(step, path)
     if mirror is not None:
         mirror.fetch_complete()
-    step_dir = StepDir(step, key, path, identity, _read_manifest(path, key), mirror=mirror)
+    step_dir = StepDir(step, key, path, identity, read_manifest(path, key), mirror=mirror)
     if step_dir.complete:
         yield step_dir
         return
@@ -180,7 +152,7 @@ def open_step(
     try:
         if mirror is not None:
             mirror.fetch_complete()
-        step_dir.manifest = _read_manifest(path, key)  # the last holder may just have completed it
+        step_dir.manifest = read_manifest(path, key)  # the last holder may just have completed it
         step_dir.lease = None if step_dir.complete else lease
         with _kept_up_to_date(step_dir):
             yield step_dir
@@ -225,88 +197,5 @@ def only_complete_steps() -> Iterator[None]:
 
 def read_output(path: Path) -> StepOutput | None:
     """The complete step in folder `path`, verified by size; None while it is not complete."""
-    manifest = _read_manifest(Path(path), None)
+    manifest = read_manifest(Path(path), None)
     return None if manifest is None else StepOutput(manifest["step"], manifest["key"], Path(path), manifest)
-
-
-def _read_manifest(path: Path, key: str | None) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except json.JSONDecodeError as error:
-        raise _damaged(path, f"{MANIFEST} is not JSON ({error})") from error
-    content = {name: value for name, value in manifest.items() if name != "digest"}
-    if manifest.get("digest") != _digest(content):
-        raise _damaged(path, f"{MANIFEST} does not match its own digest: it was edited or cut off")
-    if key is not None and manifest["key"] != key:
-        raise _damaged(path, f"{MANIFEST} belongs to the key {manifest['key']}, not {key}")
-    for name, output in manifest["outputs"].items():
-        _check_size(path, name, output["bytes"])
-    return manifest
-
-
-def _check_size(path: Path, name: str, size: int) -> None:
-    try:
-        found = (path / name).stat().st_size
-    except FileNotFoundError:
-        raise _damaged(path, f"{name} is missing") from None
-    if found != size:
-        raise _damaged(path, f"{name} has {found} bytes, but was committed with {size}")
-
-
-def _damaged(path: Path, what: str) -> DamagedStepError:
-    return DamagedStepError(f"the complete step {path} is damaged: {what}; remove the folder to make it again")
-
-
-def _describe(path: Path, outputs: Sequence[str] | None) -> dict[str, dict[str, Any]]:
-    files = {file.relative_to(path).as_posix(): file for file in _output_files(path, outputs)}
-    return {name: {"sha256": _hash_to_disk(files[name]), "bytes": files[name].stat().st_size} for name in sorted(files)}
-
-
-def _output_files(path: Path, outputs: Sequence[str] | None) -> Iterator[Path]:
-    if outputs is None:
-        outputs = [entry.name for entry in path.iterdir() if not entry.name.startswith(_INTERNAL)]
-    for name in outputs:
-        target = path / name
-        if not target.exists():
-            raise FileNotFoundError(f"{name} was to be committed, but {target} does not exist")
-        yield from (file for file in target.rglob("*") if file.is_file()) if target.is_dir() else [target]
-
-
-def _hash_to_disk(file: Path) -> str:
-    """The file's sha256, once its bytes are on the disk: a manifest must not outlive what it names."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _manifest_text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
-
-
-def _publish(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _plain(value: Any) -> Any:
-    """As it will be read back from JSON, so that a digest made now equals one made then."""
-    return json.loads(canonical_json(value))
-
-
-def _digest(content: Any) -> str:
-    return f"sha256:{hashlib.sha256(canonical_json(content).encode()).hexdigest()}"

@@ -21,12 +21,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.manifest import MANIFEST
 from registry.lease import LOCK_FILE, Lease, LeaseLostError, ObjectRecord, TryAgain
 from registry.object_store import ObjectFolder, ObjectStoreUnavailable
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, WORK, OBJECTS = "manifest.json", "work", "objects"
+WORK, OBJECTS = "work", "objects"
 PUSH_EVERY_S = 30.0
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from pipelines.artifact import StepOutput, TryAgain
+from pipelines.artifact import StepOutput
 from pipelines.journal import RunLog
 from registry.gate import GateRefused
+from registry.lease import TryAgain
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,11 @@ from types import TracebackType
 from typing import Any
 
 from medusa.config import canonical_json, strict, to_dict
-from pipelines.artifact import StepDir, TryAgain
+from pipelines.artifact import StepDir
 from pipelines.journal import JOURNAL, Backend, Entry, Replay, RunLog
 from pipelines.mlflow_backend import MlflowBackend
 from registry.connection import MlflowUnavailable
+from registry.lease import TryAgain
 
 logger = logging.getLogger(__name__)
 

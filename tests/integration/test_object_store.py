@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from medusa.config import ConfigError
-from pipelines.artifact import LeaseHeldError, LeaseLostError, mirrored_to, open_step
+from pipelines.artifact import mirrored_to, open_step
 from pipelines.mirror import Mirror, StorageUnavailable
-from registry.lease import LEASE_FILE, Holder, Lease, ObjectRecord
+from registry.lease import LEASE_FILE, Holder, Lease, LeaseHeldError, LeaseLostError, ObjectRecord
 from registry.object_store import ObjectFolder, ObjectStoreUnavailable
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.artifact import LeaseHeldError, StepOutput
+from pipelines.artifact import StepOutput
 from pipelines.journal import RunLog
 from pipelines.summary import RunSummary
 from registry.gate import GateRefused
+from registry.lease import LeaseHeldError
 
 
 def output(folder: Path, step: str, created: str, **files: Any) -> StepOutput:

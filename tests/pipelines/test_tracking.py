@@ -16,10 +16,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from pipelines.artifact import LeaseLostError, StepDir, open_step
+from pipelines.artifact import StepDir, open_step
 from pipelines.journal import CURSOR, JOURNAL, Replay, RunLog
 from pipelines.tracking import Tracker, TrackingConfig, TrackingUnavailable
 from registry.connection import MlflowUnavailable
+from registry.lease import LeaseLostError
 
 PIPELINE = {"name": "demo", "train": {"lr": 0.001, "heads": [1, 2]}}
 
