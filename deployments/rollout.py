@@ -38,6 +38,7 @@ from deployments.rollout_target import (
     observe,
     with_heads,
 )
+from deployments.rollout_verdict import in_words, why_worse
 from medusa.config import ConfigError
 from registry.connection import MlflowUnavailable
 from registry.gate import GateRefused
@@ -200,7 +201,7 @@ class Rollout:
         """For `watch_s`; RolloutFailed as soon as there is enough to say that it is worse."""
         started = answered = self._clock()
         first: Reading | None = None
-        seen = Counts()
+        seen, before = Counts(), Counts(**mark.baseline or {})
         while True:
             now = self._clock()
             try:
@@ -212,10 +213,11 @@ class Rollout:
                 state, said = "changing", str(error)
             if state == "failed" or now - answered > self._config.away_s:
                 raise RolloutFailed(said)
-            self._judge(seen, mark)
+            if reason := why_worse(seen, before, self._config):
+                raise RolloutFailed(reason)
             self._require_champion(version)
             if now - started >= self._config.watch_s and answered == now:
-                logger.warning("%s: %s watched, %s", self._target.name, version.uri, _told(seen))
+                logger.warning("%s: %s watched, %s", self._target.name, version.uri, in_words(seen))
                 return
             self._sleep(self._config.poll_s)
 
@@ -226,24 +228,6 @@ class Rollout:
                 raise Superseded
         except MlflowUnavailable as error:
             logger.warning("%s", error)
-
-    def _judge(self, seen: Counts, mark: Mark) -> None:
-        before = Counts(**mark.baseline) if mark.baseline else Counts()
-        if seen.requests >= self._config.min_requests:
-            allowed = before.error_rate + self._config.max_more_errors
-            if seen.error_rate > allowed:
-                raise RolloutFailed(
-                    f"{seen.error_rate:.1%} of {seen.requests:.0f} requests failed, before it were "
-                    f"{before.error_rate:.1%} (allowed: {allowed:.1%})"
-                )
-        ours, theirs = seen.tokens_per_step, before.tokens_per_step
-        if ours is None or theirs is None or min(seen.drafts, before.drafts) < self._config.min_requests:
-            return
-        if ours < theirs * (1 - self._config.acceptance_tolerance):
-            raise RolloutFailed(
-                f"{ours:.2f} tokens a step over {seen.drafts:.0f} steps, before it were {theirs:.2f} "
-                f"(tolerance {self._config.acceptance_tolerance:.0%})"
-            )
 
     def _go_back(self, failed: VersionRef) -> Outcome:
         """`previous` becomes champion and is brought in; where that is none or has failed too, plain decoding is.
@@ -310,10 +294,3 @@ class Rollout:
 def _base_digest(version: VersionRef) -> str | None:
     """Of the model's folder: the backbone itself, or what an adapter makes it of."""
     return version.tags.get(BASE_TAG) or version.tags.get(BACKBONE_TAG)
-
-
-def _told(seen: Counts) -> str:
-    if not seen.requests:
-        return "without a request in that time"
-    length = f", {seen.tokens_per_step:.2f} tokens a step" if seen.tokens_per_step else ""
-    return f"{seen.requests:.0f} requests, {seen.error_rate:.1%} failed{length}"
