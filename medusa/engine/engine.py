@@ -98,14 +98,9 @@ class Engine:
             self.max_model_len = limits.max_model_len
             self._cache = make_cache(
                 backbone,
-                num_layers=backbone.num_layers,
-                kv_shape=backbone.kv_shape,
                 num_pages=limits.num_pages,
                 max_batch_size=max_batch_size,
                 max_pages=limits.table_width,
-                dtype=backbone.dtype,
-                device=backbone.device,
-                salt=f"{backbone.name} {backbone.dtype} {backbone.quantization}",
             )
             self._scheduler = Scheduler(
                 self._cache,

@@ -123,8 +123,18 @@ def lead_of(backbone: Backbone) -> Callable[[MakeStep], Lead] | None:
     return None if followers is None or rank is None else partial(Lead, followers, rank)
 
 
-def make_cache(backbone: Backbone, **sizes: Any) -> KVCache:
+def make_cache(backbone: Backbone, *, num_pages: int, max_batch_size: int, max_pages: int) -> KVCache:
     """The cache of this backbone's engine; where it is shared out, of every process."""
+    sizes: dict[str, Any] = {
+        "num_layers": backbone.num_layers,
+        "kv_shape": backbone.kv_shape,
+        "num_pages": num_pages,
+        "max_batch_size": max_batch_size,
+        "max_pages": max_pages,
+        "dtype": backbone.dtype,
+        "device": backbone.device,
+        "salt": f"{backbone.name} {backbone.dtype} {backbone.quantization}",
+    }
     if isinstance(backbone, ShardedBackbone) and backbone.followers is not None:
         return ShardedKVCache(backbone, **sizes)
     return KVCache(**sizes)
