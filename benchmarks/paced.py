@@ -22,7 +22,7 @@ from medusa.checkpoint import BackboneRef, Calibration, Checkpoint, CheckpointMe
 from medusa.config import ConfigError
 from medusa.decoding import Typical
 from medusa.engine.sequence import Sequence
-from medusa.engine.speculation import Buckets
+from medusa.engine.shapes import Buckets
 from medusa.engine.step import PrefillChunk, StepRunner, StepTokens
 from medusa.engine.step_times import StepTimes
 from medusa.heads import DraftHeads

@@ -207,7 +207,7 @@ def plain_step(trainer: Trainer) -> Callable[[], torch.Tensor]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trainer.optimiser.parameters.values()), 1.0)
         trainer.optimiser.step(config.lr)
-        trainer.step += 1
+        trainer.progress.step += 1
         return loss.detach()
 
     return step

@@ -22,8 +22,9 @@ from benchmarks.scaling.config import TARGETS, ScaleConfig
 from benchmarks.scaling.points import Deadline, Point
 from medusa import Engine, SamplingParams
 from pipelines.demo_prompts import demo_rows
-from pipelines.distill import DistillConfig, engine_builder
+from pipelines.distill import engine_builder
 from pipelines.distill_bench import Side, behind_ray
+from pipelines.distill_config import DistillConfig
 from pipelines.prompt_files import Prompt, normalise, read_prompts
 from pipelines.tracking import Tracker, TrackingConfig
 

@@ -76,18 +76,18 @@ class Trainer:
         self.memory = self._make_memory() if config.hidden_cache_gib else None
         weights = head_weights(heads.config.num_heads, config.head_decay)
         self._weights_K = torch.tensor(weights, dtype=torch.float64, device=self._device)
-        self._progress = Progress(self.row_counts, config, heads.config.num_heads, self._device)
+        self.progress = Progress(self.row_counts, config, heads.config.num_heads, self._device)
         self._watch = NonFiniteWatch(heads.config.num_heads, self._device)
 
     @property
     def step(self) -> int:
         """Steps done."""
-        return self._progress.step
+        return self.progress.step
 
     @property
     def tokens_seen(self) -> int:
         """Of all workers, in those steps."""
-        return self._progress.tokens_seen
+        return self.progress.tokens_seen
 
     @property
     def finished(self) -> bool:
@@ -117,13 +117,13 @@ class Trainer:
         rate = learning_rate(self.config, self.step, self.total_steps)
         grad_norm = self._update(rate)
         tokens = sum(len(self.rows[index]) for index in self.sampler.global_rows(self.step))
-        self._progress.advance(totals, tokens)
+        self.progress.advance(totals, tokens)
         return StepMetrics(self.step, rate, weight, tokens, totals, self._objective(totals, weight), grad_norm)
 
     def take_record(self, metrics: StepMetrics) -> dict[str, float]:
         """Plain numbers of the steps since the last record (`metrics` being the last of them); waits for the device."""
         self._watch.check()
-        window = self._progress.take_window()
+        window = self.progress.take_window()
         record = {
             "step": metrics.step,
             "loss": float(self._objective(window, metrics.heads_weight)),
@@ -155,11 +155,11 @@ class Trainer:
         where they are sharded. Raises NonFiniteLossError rather than save what a loss that was not finite has spoilt.
         """
         self._watch.check()
-        save_training(directory, self._progress, self.heads, self._optimiser, leads=self.sampler.rank == 0)
+        save_training(directory, self.progress, self.heads, self._optimiser, leads=self.sampler.rank == 0)
 
     def load_state(self, directory: Path) -> None:
         """Goes on where a state was saved; any number of workers, the same rows and batches."""
-        load_training(directory, self._progress, self._optimiser)
+        load_training(directory, self.progress, self._optimiser)
 
     @property
     def sharded(self) -> bool:
