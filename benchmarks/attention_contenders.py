@@ -178,6 +178,7 @@ def medusa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
         chain=False,
         group=shape.heads // shape.groups,
         num_kv_heads=shape.groups,
+        head_size=shape.head_size,
         processors=problem.processors,
         warpgroups=has_warpgroups(problem.device),
     )

@@ -16,13 +16,13 @@ class Layers:
 
     def __init__(self, backbone: Backbone, pages: torch.Tensor, max_positions: int) -> None:
         device, heads = pages.device, backbone.num_query_heads
-        self._num_kv_heads, head_size = pages.shape[-2:]
+        self._num_kv_heads, self._head_size = pages.shape[-2:]
         self._group = heads // self._num_kv_heads
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         )
         self._warpgroups = has_warpgroups(device)
-        scratch = Scratch.of(heads=heads, size=head_size, processors=self._processors, device=device)
+        scratch = Scratch.of(heads=heads, size=self._head_size, processors=self._processors, device=device)
         self.decoder: Decoder = (
             FusedDecoder(backbone, pages, scratch, max_positions)
             if can_fuse(backbone)
@@ -38,6 +38,7 @@ class Layers:
             chain=visible.bits_RNW is None,
             group=self._group,
             num_kv_heads=self._num_kv_heads,
+            head_size=self._head_size,
             processors=self._processors,
             warpgroups=self._warpgroups,
         )

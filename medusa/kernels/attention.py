@@ -14,13 +14,13 @@ import triton
 
 from medusa.kernels.attention_kernel import attend_tiles
 from medusa.kernels.attention_merge import merge_splits
-from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
+from medusa.kernels.attention_plan import MAX_ROWS, AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import options
 
 
 def registers(plan: AttentionPlan) -> dict[str, int]:
-    """The launch option that lets teams have more registers than the assembler would give them by itself."""
-    return {"maxnreg": 255} if plan.teams > 1 else {}
+    """The launch option that lets small tiles have more registers than the assembler would give them by itself."""
+    return {"maxnreg": 255} if plan.rows < MAX_ROWS else {}
 
 
 def attend(

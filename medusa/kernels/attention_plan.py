@@ -20,8 +20,9 @@ TILE_BYTES = 136 * 1024  # of keys and values that a program may have under way:
 @dataclass(frozen=True)
 class AttentionPlan:
     """How a step's attention is cut: splits of a sequence (the last one takes the step's own nodes), query rows and
-    cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps, tiles of
-    keys and values under way, and the most splits that are merged without a launch of their own."""
+    cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps, teams of
+    one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values under
+    way, and the most splits that are merged without a launch of their own."""
 
     splits: int
     rows: int
@@ -29,20 +30,18 @@ class AttentionPlan:
     max_nodes: int
     tree_columns: int = 16
     warps: int = 4
+    teams: int = 1
     ahead: int = 1
     merged_in_place: int = IN_PLACE
 
     def __post_init__(self) -> None:
-        if self.rows < MAX_ROWS and (self.warps > 4 or self.columns < 16 * self.warps):
+        if self.teams not in (1, 2, 4) or (
+            self.teams > 1 and (self.teams != self.warps or self.columns < 16 * self.warps)
+        ):
             raise ValueError(
-                f"tiles of {self.rows} rows take one, two or four warps of at least 16 tokens each, got {self.warps} "
-                f"warps and {self.columns} tokens"
+                f"teams are one, or two or four of one warp and at least 16 tokens each; got {self.teams} teams, "
+                f"{self.warps} warps and {self.columns} tokens"
             )
-
-    @property
-    def teams(self) -> int:
-        """Warps that divide a tile's tokens among them; 1: they divide its rows."""
-        return self.warps if self.rows < MAX_ROWS else 1
 
     @property
     def merges(self) -> bool:
@@ -66,47 +65,50 @@ class AttentionPlan:
         chain: bool,
         group: int,
         num_kv_heads: int,
+        head_size: int,
         processors: int,
         warpgroups: bool,
     ) -> AttentionPlan:
         """A plan for trees or for chains. Those for trees were the fastest of what was tried in graphs of a 7B decoder
-        on a Hopper GPU, at the shapes of docs/performance.md. `warpgroups`: whether the GPU multiplies tiles of 64 rows
-        by four warps at once, as Hopper's do.
+        on a Hopper GPU, at the shapes of docs/performance.md; heads of more than 128 were not timed. `warpgroups`:
+        whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
-        plan spills registers with heads of 128 in 16 bits, on an A100 either.
+        plan spills registers with heads of up to 256 in 16 bits, on an A100 either.
         """
         packed = min(max_nodes, triton.cdiv(2 * num_nodes, batch_size)) * group
         heads = batch_size * num_kv_heads
+        rows = 16 if packed <= 16 or not (warpgroups or chain) else MAX_ROWS
+        programs = heads * triton.cdiv(packed, rows)
+        if head_size > 128:
+            return cls._of_large_heads(programs, rows, max_nodes, processors)
         if chain:
-            return cls._of_chains(heads, packed, max_nodes, processors)
-        if packed <= 16 or not warpgroups:
-            return cls._of_small_tiles(heads * triton.cdiv(packed, 16), max_nodes, processors)
-        return cls._of_large_tiles(heads * triton.cdiv(packed, MAX_ROWS), max_nodes, processors)
+            return cls._of_chains(programs, rows, max_nodes, processors)
+        cut = cls._of_small_tiles if rows == 16 else cls._of_large_tiles
+        return cut(programs, max_nodes, processors)
 
     @classmethod
-    def _of_chains(cls, heads: int, packed: int, max_nodes: int, processors: int) -> AttentionPlan:
+    def _of_chains(cls, programs: int, rows: int, max_nodes: int, processors: int) -> AttentionPlan:
         """Programs for every multiprocessor about twice over."""
-        rows = 16 if packed <= 16 else MAX_ROWS
-        splits = _few_splits(heads * triton.cdiv(packed, rows), processors)
+        splits = _few_splits(programs, processors)
         tree_columns = 16 if max_nodes <= 16 else 32
         if rows == MAX_ROWS:
             columns, warps = (32, 4) if splits == 1 else (64, 8)
             return cls(splits, rows, columns, max_nodes, tree_columns, warps, merged_in_place=2)
-        return cls(splits, rows, 64, max_nodes, tree_columns, ahead=2)
+        return cls(splits, rows, 64, max_nodes, tree_columns, teams=4, ahead=2)
 
     @classmethod
     def _of_small_tiles(cls, programs: int, max_nodes: int, processors: int) -> AttentionPlan:
         """Tiles of 16 rows: one program a multiprocessor with four tiles under way, where there are few; two with three
         tiles; or as many as fit, with half as many warps each."""
         if programs > 2 * processors:
-            return cls(1, 16, 32, max_nodes, warps=2, ahead=2)
+            return cls(1, 16, 32, max_nodes, warps=2, teams=2, ahead=2)
         alone, paired = processors // programs, 2 * processors // programs
         if alone >= 3:
-            return cls(min(FEW_SPLITS, alone), 16, 64, max_nodes, ahead=4)
+            return cls(min(FEW_SPLITS, alone), 16, 64, max_nodes, teams=4, ahead=4)
         if paired >= 4:
-            return cls(4, 16, 64, max_nodes, ahead=3)
-        return cls(1, 16, 64, max_nodes, ahead=4 if alone else 2)
+            return cls(4, 16, 64, max_nodes, teams=4, ahead=3)
+        return cls(1, 16, 64, max_nodes, teams=4, ahead=4 if alone else 2)
 
     @classmethod
     def _of_large_tiles(cls, programs: int, max_nodes: int, processors: int) -> AttentionPlan:
@@ -115,6 +117,12 @@ class AttentionPlan:
         if alone >= 3:
             return cls(min(FEW_SPLITS, alone), MAX_ROWS, 64, max_nodes, ahead=3, merged_in_place=1)
         return cls(3 if paired >= 3 else 1, MAX_ROWS, 64, max_nodes, ahead=2, merged_in_place=1)
+
+    @classmethod
+    def _of_large_heads(cls, programs: int, rows: int, max_nodes: int, processors: int) -> AttentionPlan:
+        """Without teams, each of which would keep sums of whole heads."""
+        splits, warps = _few_splits(programs, processors), 4 if rows == 16 else 8
+        return cls(splits, rows, 32, max_nodes, warps=warps, ahead=2, merged_in_place=IN_PLACE if rows == 16 else 1)
 
 
 def _few_splits(programs: int, processors: int) -> int:

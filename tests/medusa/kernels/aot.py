@@ -117,6 +117,7 @@ MODELS = [
     Model(4096, 32, 8, 14336, 128256),  # Llama 3 8B
     Model(6656, 52, 52, 17920, 32000),  # Vicuna 33B
 ]
+SMALL_HEADS, LARGE_HEADS = Model(896, 14, 2, 4864, 151936, 64), Model(3584, 16, 8, 14336, 256000, 256)  # Qwen, Gemma
 PROCESSORS = {80: 108, 90: 132}
 ROWS = range(1, 257)
 MOST_NODES = (1, 4, 16, 64, 512)  # of a sequence: a step's or a prompt's
@@ -162,18 +163,20 @@ def _product(kernel: str, tiles: Tiles, size: int, **constants: object) -> Case:
 def attentions() -> list[Case]:
     """Attention as `AttentionPlan.of` cuts it: trees whose keys the launch writes itself or finds, and chains."""
     cases: dict[str, Case] = {}
-    for model, capability, batch, most in itertools.product(MODELS, PROCESSORS, (1, 2, 4, 8, 16, 64, 256), MOST_NODES):
+    models = [*MODELS, SMALL_HEADS, LARGE_HEADS]
+    for model, capability, batch, most in itertools.product(models, PROCESSORS, (1, 2, 4, 8, 16, 64, 256), MOST_NODES):
         group = model.heads // model.groups
         for nodes in {batch * most, max(batch, batch * most // 8)}:
             plan = AttentionPlan.of(
                 batch_size=batch, num_nodes=nodes, max_nodes=most, chain=most > 128, group=group,
-                num_kv_heads=model.groups, processors=PROCESSORS[capability], warpgroups=capability == 90,
+                num_kv_heads=model.groups, head_size=model.head_size, processors=PROCESSORS[capability],
+                warpgroups=capability == 90,
             )  # fmt: skip
             for fresh in (False, True) if most <= 128 else (False,):
                 cut = replace(plan, splits=plan.splits if plan.merges else min(2, plan.splits), max_nodes=0)
-                key = str((capability, group, cut, plan.merges, most > 128, fresh))
+                key = str((capability, model.head_size, group, cut, plan.merges, most > 128, fresh))
                 cases.setdefault(key, _attention(model, plan, capability, chain=most > 128, fresh=fresh))
-    sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, processors=132)
+    sizes = dict(batch_size=1, num_nodes=64, max_nodes=64, group=4, num_kv_heads=8, head_size=128, processors=132)
     for capability in PROCESSORS:
         tree = AttentionPlan.of(chain=False, warpgroups=capability == 90, **sizes)
         chain = replace(AttentionPlan.of(chain=True, warpgroups=capability == 90, **sizes), splits=4)

@@ -52,7 +52,13 @@ class Batch:
     def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, **options):
         """The kernel's result; rows of no sequence must have been left alone."""
         plan = AttentionPlan(
-            splits, rows, columns, max(self.counts), tree_columns=16, warps=warps, merged_in_place=merged_in_place
+            splits,
+            rows,
+            columns,
+            max(self.counts),
+            warps=warps,
+            teams=warps if rows < 64 else 1,
+            merged_in_place=merged_in_place,
         )
         visible = Visible(
             *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),
@@ -143,10 +149,12 @@ def test_plans_stay_within_their_scratch():
             for batch in (1, 2, 3, 7, 12, 64, 256):
                 for max_nodes in (1, 4, 16, 64, 128, 512, 1024):
                     sizes = {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}
-                    for num_nodes, chain, warpgroups in itertools.product(sizes, (False, True), (False, True)):
+                    for num_nodes, chain, warpgroups, size in itertools.product(sizes, *3 * [(False, True)]):
+                        size = 256 if size else 128
                         plan = AttentionPlan.of(
                             batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, chain=chain,
-                            group=heads // groups, num_kv_heads=groups, processors=processors, warpgroups=warpgroups,
+                            group=heads // groups, num_kv_heads=groups, head_size=size, processors=processors,
+                            warpgroups=warpgroups,
                         )  # fmt: skip
                         tiles = -(-max_nodes * heads // groups // plan.rows)
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
@@ -154,10 +162,11 @@ def test_plans_stay_within_their_scratch():
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
-def plan_of(heads, groups, batch, nodes, *, processors=132, warpgroups=True):
+def plan_of(heads, groups, batch, nodes, *, head_size=128, processors=132, warpgroups=True):
     return AttentionPlan.of(
         batch_size=batch, num_nodes=batch * nodes, max_nodes=64 if nodes > 16 else nodes, chain=False,
-        group=heads // groups, num_kv_heads=groups, processors=processors, warpgroups=warpgroups,
+        group=heads // groups, num_kv_heads=groups, head_size=head_size, processors=processors,
+        warpgroups=warpgroups,
     )  # fmt: skip
 
 
@@ -191,16 +200,22 @@ def test_gpus_without_products_of_warpgroups_have_small_tiles():
         assert plan_of(*sizes, processors=108, warpgroups=False).rows == 16
 
 
+def test_large_heads_have_no_teams():
+    for nodes, warpgroups in itertools.product((1, 64), (False, True)):
+        assert plan_of(16, 8, 1, nodes, head_size=256, warpgroups=warpgroups).teams == 1
+    assert plan_of(16, 8, 1, 1).teams == 4
+
+
 def test_fewer_tiles_are_under_way_where_keys_are_large():
     plan = plan_of(32, 32, 1, 16)
     assert plan.ahead == 4
     assert [plan.stages_of(*sizes) for sizes in ((128, 2), (128, 4), (256, 2), (160, 4), (256, 4))] == [9, 5, 5, 3, 3]
 
 
-@pytest.mark.parametrize(("warps", "columns"), [(8, 128), (4, 32), (2, 16)])
-def test_teams_too_small_for_a_product_are_refused(warps, columns):
+@pytest.mark.parametrize(("teams", "warps", "columns"), [(8, 8, 128), (4, 4, 32), (2, 2, 16), (2, 4, 64)])
+def test_teams_too_small_for_a_product_are_refused(teams, warps, columns):
     with pytest.raises(ValueError, match="16 tokens each"):
-        AttentionPlan(splits=1, rows=16, columns=columns, max_nodes=1, warps=warps)
+        AttentionPlan(splits=1, rows=16, columns=columns, max_nodes=1, warps=warps, teams=teams)
 
 
 def test_too_little_scratch_is_refused():
