@@ -4,8 +4,8 @@ A program takes a tile of query rows (nodes times the query heads that share a k
 committed tokens. Tiles of few rows have TEAMS of one warp: the tokens are divided among them, and each keeps an online
 softmax of its own, so that no warp waits for another before the end, when the program puts its teams together. In tiles
 of many rows the warps divide the rows instead (TEAMS = 1). The step's own nodes come last, under their ancestor bits;
-where the tokens are split, one program more takes them while the others read the cache. A tree of one node is plain
-decoding; a chain (each node sees all nodes before it) is a chunk of a prompt.
+where a tree's tokens are split, one program more takes its nodes while the others read the cache. A tree of one node is
+plain decoding; a chain (each node sees all nodes before it) is a chunk of a prompt.
 
 Shapes: M flat nodes, B sequences (b owns nodes start_B[b] .. + count_B[b]), H query heads, G key-value heads, D head
 size, R batch rows, N nodes a tree at most, W words of 64 ancestor bits, S splits.
@@ -121,7 +121,8 @@ def attend_tiles(
     first = 0
     if WINDOW:  # the shallowest node of the tile looks furthest back
         first = tl.maximum(length + tl.min(tl.where(live, depth, 1 << 30), 0) - window + 1, 0) // BN * BN
-    ways = SPLITS if WHOLE else SPLITS - 1  # the last split's share of the cache is empty: it has the nodes
+    # A tree's last split has no share of the cache but the step's nodes, which take about as long.
+    ways = SPLITS if WHOLE or CHAIN else SPLITS - 1
     per = tl.cdiv(tl.cdiv(tl.maximum(length - first, 0), ways), BN) * BN
     low = first + split * per
     high = tl.minimum(low + per, length)

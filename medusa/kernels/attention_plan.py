@@ -19,10 +19,10 @@ TILE_BYTES = 136 * 1024  # of keys and values that a program may have under way:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How a step's attention is cut: splits of a sequence (the last one takes the step's own nodes), query rows and
-    cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps, teams of
-    one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values under
-    way, and the most splits that are merged without a launch of their own."""
+    """How a step's attention is cut: splits of a sequence (a tree's last one takes the step's own nodes alone), query
+    rows and cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps,
+    teams of one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values
+    under way, and the most splits that are merged without a launch of their own."""
 
     splits: int
     rows: int
