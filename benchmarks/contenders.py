@@ -18,14 +18,15 @@ from transformers import GenerationConfig, PreTrainedModel
 from benchmarks.hardware import idle_share, synchronize
 from benchmarks.steady import Steady, run_steady
 from benchmarks.workload import Request
-from medusa import Engine
+from medusa import Engine, SamplingParams
+from medusa.grammar import Grammar
 
 
 @dataclass
 class Run:
     """What one contender did in the waves of one run. `full_steps` are the seconds of each step in which every request
-    of its wave was still decoding, `full_tokens` what they gave; `nodes` the largest tree of every step; `steady` the
-    same requests as a steady load, None where there was no such run."""
+    of its wave was still decoding, `full_tokens` what they gave; `nodes` the largest tree of every step; `replies` the
+    tokens of each, by its seed; `steady` the same requests as a steady load, None where there was no such run."""
 
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -36,6 +37,7 @@ class Run:
     full_steps: list[float] = field(default_factory=list)
     full_tokens: int = 0
     nodes: list[int] = field(default_factory=list)
+    replies: dict[int, list[int]] = field(default_factory=dict)
     steady: Steady | None = None
 
     @property
@@ -80,13 +82,16 @@ class Contender(Protocol):
 
 @dataclass
 class EngineContender:
-    """This engine; `select` sets its tree or policy before a run."""
+    """This engine; `select` sets its tree or policy before a run. With a `grammar` one of the requests that run
+    together has it; `without` then names the same contender without one."""
 
     name: str
     plain: str
     temperature: float
     engine: Engine
     select: Callable[[Engine], None]
+    grammar: Grammar | None = None
+    without: str | None = None
 
     def run(self, waves: Sequence[Sequence[Request]], max_tokens: int | None = None) -> Run:
         self.select(self.engine)
@@ -97,7 +102,7 @@ class EngineContender:
 
     def run_steady(self, queue: Sequence[Request], concurrency: int) -> Steady:
         self.select(self.engine)
-        return run_steady(self.engine, queue, concurrency, self.temperature)
+        return run_steady(self.engine, queue, concurrency, self.temperature, self.grammar)
 
     def idle_share(self, wave: Sequence[Request], max_tokens: int) -> float | None:
         """The GPU's idle share while the wave decodes; None on a CPU."""
@@ -117,7 +122,8 @@ class EngineContender:
         """Steps until every request has its first token; returns how many have ended by then."""
         synchronize(self.engine.backbone.device)
         start = time.perf_counter()
-        waiting = {self.engine.add(r.prompt_ids, r.params(self.temperature, max_tokens)) for r in wave}
+        params = self._params(wave, max_tokens)
+        waiting = {self.engine.add(r.prompt_ids, asked) for r, asked in zip(wave, params, strict=True)}
         ended = 0
         while waiting:
             for output in self.engine.step():
@@ -126,6 +132,11 @@ class EngineContender:
         synchronize(self.engine.backbone.device)
         run.prefill_seconds += time.perf_counter() - start
         return ended
+
+    def _params(self, wave: Sequence[Request], max_tokens: int | None) -> list[SamplingParams]:
+        """A grammar is for the longest reply, so that hardly a step of the wave is without it."""
+        longest = max(wave, key=lambda request: request.lengths[self.temperature])
+        return [r.params(self.temperature, max_tokens, self.grammar if r is longest else None) for r in wave]
 
     def _drain(self, run: Run, ended: int) -> int:
         """Steps until all have ended; returns how many."""
@@ -148,6 +159,7 @@ class EngineContender:
     def _note(output: Any, run: Run) -> bool:
         if output.finished is None:
             return False
+        run.replies[output.finished.seed] = output.finished.token_ids
         run.tokens += len(output.finished.token_ids)
         run.replies_steps += output.finished.num_steps
         run.replies_tokens += sum(output.finished.accepted_per_step)

@@ -36,6 +36,13 @@ def decode(
     repeats: Annotated[int, typer.Option(help="Runs of each contender, in turn: waves, then the steady load.")] = 5,
     trees: Annotated[str, typer.Option(help="Tree sizes to run at temperature 0 besides the policy's choice.")] = "",
     typical: Annotated[bool, typer.Option(help="A row for typical acceptance at temperature 0.7.")] = True,
+    grammar: Annotated[
+        bool,
+        typer.Option(
+            help="Rows at temperature 0 in which one of the requests has a grammar (any text), so that steps wait for "
+            "the host."
+        ),
+    ] = False,
     peers: Annotated[bool, typer.Option(help="Rows for Hugging Face.")] = True,
     peers_at: Annotated[str, typer.Option(help="Concurrency at which peers run; default: all.")] = "",
     inflate: Annotated[
@@ -76,6 +83,7 @@ def decode(
         repeats=repeats,
         trees=_numbers(trees, int, "--trees"),
         typical=typical,
+        grammar=grammar,
         peers=peers,
         peers_at=_numbers(peers_at, int, "--peers-at"),
         inflate=inflate,

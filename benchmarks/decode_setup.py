@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import hardware
 from benchmarks.backbones import check_dtype, load_timed
+from benchmarks.host_steps import check_grammar_rows
 from benchmarks.inflate import inflate_checkpoint
 from benchmarks.planning import MIN_REPEATS
 from benchmarks.workload import MIN_REPLY
@@ -40,6 +41,7 @@ class DecodeConfig:
     repeats: int = 5
     trees: tuple[int, ...] = ()
     typical: bool = True
+    grammar: bool = False
     peers: bool = True
     peers_at: tuple[int, ...] = ()
     inflate: str | None = None
@@ -58,6 +60,8 @@ class DecodeConfig:
         if self.num_prompts < 1 or self.max_tokens < MIN_REPLY or self.context < 0:
             raise ConfigError(f"--num-prompts is at least 1, --max-tokens at least {MIN_REPLY}, --context at least 0")
         check_dtype(self.dtype)
+        if self.grammar:
+            check_grammar_rows(self.temperatures)
         if not set(self.peers_at) <= set(self.concurrency):
             raise ConfigError(f"--peers-at {self.peers_at} must be among --concurrency {self.concurrency}")
 

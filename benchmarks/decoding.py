@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from benchmarks import hardware
 from benchmarks.contenders import Contender, EngineContender, HuggingFaceContender, fixed_tree, medusa, plain
 from benchmarks.decode_setup import DecodeConfig, load, load_draft, settings_of
+from benchmarks.host_steps import for_grammar, over_own, why_other_replies, with_grammar
 from benchmarks.measure import Row, rotated_runs, summarise, why_not_steady
 from benchmarks.planning import Estimate, plan, probe
 from benchmarks.progress import Progress
@@ -105,6 +106,9 @@ class DecodeBenchmark:
         temperatures = self._temperatures()
         count = self._progress.counter("plain replies", len(ids) * len(temperatures))
         requests = reply_lengths(engine, ids, temperatures, config.max_tokens, count)
+        if config.grammar:
+            requests, notes = for_grammar(engine, requests)
+            self._notes += notes
         self._settings["prompts"] = f"{len(requests)} of {config.prompts.name}"
         self._settings["prompt tokens, mean"] = round(sum(len(r.prompt_ids) for r in requests) / len(requests), 1)
         for temperature in temperatures:
@@ -119,6 +123,9 @@ class DecodeBenchmark:
         if self._checkpoint is not None:
             self._measure_step_times(engine)
             contenders += [medusa(engine, temperature) for temperature in temperatures]
+        if self._config.grammar:
+            contenders += [with_grammar(contender) for contender in contenders if contender.temperature == 0.0]
+        if self._checkpoint is not None:
             contenders += [fixed_tree(engine, size, temperatures[0]) for size in self._config.trees]
         for concurrency in self._config.concurrency:
             self._taken[concurrency] = requests = self._found_again(engine, concurrency)
@@ -193,7 +200,9 @@ class DecodeBenchmark:
         if concurrency > len(requests):
             self._note(f"concurrency {concurrency}: the {len(requests)} prompts repeat in a wave")
         runs = rotated_runs(contenders, requests, concurrency, planned, self._progress.say, left)
-        rows = summarise(contenders, runs, concurrency, planned)
+        rows = over_own(contenders, runs, summarise(contenders, runs, concurrency, planned))
+        for other in why_other_replies(rows):
+            self._note(f"{label}: {other}")
         if any(isinstance(c, EngineContender) for c in contenders) and (why := why_not_steady(rows, planned)):
             self._note(f"{label}: {why}")
         if rows[0].repeats < planned.repeats:
@@ -270,6 +279,7 @@ class DecodeBenchmark:
         waves alone, also computes every prompt again."""
         config, medusa = self._config, self._checkpoint is not None
         engine = len(config.temperatures) * (2 if medusa else 1) + (len(config.trees) if medusa else 0)
+        engine += (2 if medusa else 1) if config.grammar else 0
         weights = [2 * engine] * len(config.concurrency)
         weights += [4] * len(config.concurrency) if self._runs_typical else []
         weights += [4] * len(config.peers_at or config.concurrency) if config.peers else []

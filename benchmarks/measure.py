@@ -40,13 +40,24 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class OverOwn:
+    """Ratios of a row with a grammar to its contender's own without one, run by run (benchmarks/host_steps.py), and how
+    many replies of the waves of all runs were others than without."""
+
+    ratio: Interval | None
+    full_ratio: Interval | None
+    steady_ratio: Interval | None
+    other_replies: int
+
+
+@dataclass(frozen=True)
 class Row:
     """One contender at one concurrency. Speeds are of decoding; `end_to_end` includes the prefill (None for a peer,
     which computes prompts that this engine finds in its cache), `full` and `step_ms` those while every request of a
     wave decodes (None where there was no such step), `steady` of a load that stays at `concurrency` (None for peers,
     and where there were too few requests). Ratios are to the plain contender of the same temperature, run by run.
     `nodes` is the mean over steps of the largest tree, `speculating` the share of steps with more than one node a
-    sequence."""
+    sequence. Only a row with a grammar has `over_own`."""
 
     contender: str
     temperature: float
@@ -67,6 +78,7 @@ class Row:
     end_to_end_ratio: Interval | None
     bandwidth_share: float | None = None
     gpu_idle_share: float | None = None
+    over_own: OverOwn | None = None
 
     def over(self, plain: Row) -> Row:
         """With its ratio to plain decoding that ran at another time of the same process."""
@@ -125,10 +137,10 @@ def summarise(
                 step_ms=1e3 * float(np.median(full_steps)) if full_steps else None,
                 nodes=float(np.mean([n for run in own for n in run.nodes])),
                 speculating=float(np.mean([n > 1 for run in own for n in run.nodes])),
-                ratio=_paired(own, plain, lambda run: run.tokens_per_second),
-                full_ratio=_paired(own, plain, lambda run: run.full_tokens_per_second),
-                steady_ratio=_paired(own, plain, lambda run: run.steady_tokens_per_second),
-                end_to_end_ratio=_paired(own, plain, lambda run: run.end_to_end_tokens_per_second),
+                ratio=paired(own, plain, lambda run: run.tokens_per_second),
+                full_ratio=paired(own, plain, lambda run: run.full_tokens_per_second),
+                steady_ratio=paired(own, plain, lambda run: run.steady_tokens_per_second),
+                end_to_end_ratio=paired(own, plain, lambda run: run.end_to_end_tokens_per_second),
             )
         )
     return rows
@@ -148,7 +160,8 @@ def why_not_steady(rows: Sequence[Row], planned: Planned) -> str | None:
     )
 
 
-def _paired(own: Sequence[Run], plain: Sequence[Run] | None, speed: Callable[[Run], float | None]) -> Interval | None:
+def paired(own: Sequence[Run], plain: Sequence[Run] | None, speed: Callable[[Run], float | None]) -> Interval | None:
+    """The ratio of a contender's speed to another's, run by run; None where there is no other, or no such speed."""
     if plain is None or plain is own:
         return None
     pairs = [(speed(mine), speed(other)) for mine, other in zip(own, plain, strict=True)]

@@ -13,7 +13,13 @@ from typing import Any
 from benchmarks.measure import Interval, Row
 
 COLUMNS = ("contender", "T", "tokens/s", "steady tokens/s", "end to end", "tokens a step", "step, ms", "nodes")
-COLUMNS += ("over plain", "all at once", "steady", "of copy")
+COLUMNS += ("over plain", "all at once", "steady")
+OWN_COLUMNS = ("over own", "own, all at once", "own, steady")  # of rows with a grammar
+OF_OWN = (
+    "Over own: the same three ratios, of a row in which one of the requests that run together has a grammar, to its",
+    "contender's own row without. The grammar allows every token, so replies are the same: below 1 is what it costs",
+    "that all of the batch's steps wait for the host, which follows the grammar and makes its masks.",
+)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -36,16 +42,17 @@ def write_results(folder: Path, settings: dict[str, Any], rows: Sequence[Row], n
     content = {"settings": settings, "notes": list(notes), "rows": [asdict(row) for row in rows]}
     write_atomically(folder / "decode.json", lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
     write_atomically(folder / "decode.md", lambda path: path.write_text(markdown(settings, rows, notes)))
-    if rows:
-        _plot(folder / "tokens_per_second.png", rows, "tokens a second", lambda row: row.tokens_per_second)
+    plotted = [row for row in rows if row.over_own is None]  # a row with a grammar is compared with its own, no peer
+    if plotted:
+        _plot(folder / "tokens_per_second.png", plotted, "tokens a second", lambda row: row.tokens_per_second)
         label = "tokens a second over plain decoding (steady, else all at once)"
-        _plot(folder / "over_plain.png", rows, label, _over_plain, level=1.0)
-        _plot(folder / "step_ms.png", rows, "median step, ms", _step_ms)
+        _plot(folder / "over_plain.png", plotted, label, _over_plain, level=1.0)
+        _plot(folder / "step_ms.png", plotted, "median step, ms", _step_ms)
 
 
 def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> str:
     """A page with a table for each concurrency."""
-    has_idle = any(row.gpu_idle_share is not None for row in rows)
+    columns = _columns(rows)
     lines = [
         "# Decoding",
         "",
@@ -54,11 +61,10 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
     ]
     for concurrency in sorted({row.concurrency for row in rows}):
         group = [row for row in rows if row.concurrency == concurrency]
-        columns = [*COLUMNS, *(["GPU idle"] if has_idle else [])]
         requests = sorted({f"{row.requests} replies, {row.repeats} runs" for row in group})
         lines += [f"## {concurrency} at once ({'; '.join(requests)})", ""]
         lines += [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-        lines += [f"| {' | '.join(_cells(row, has_idle))} |" for row in group]
+        lines += [f"| {' | '.join(cells[column] for column in columns)} |" for cells in map(_cells, group)]
         lines.append("")
     lines += [
         "Speeds are medians over the runs, first and third quartile in brackets, of decoding alone; end to end",
@@ -74,30 +80,39 @@ def markdown(settings: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
         "run, would be nearer to 1. Hugging Face has waves alone.",
         "Of copy: the bytes that a step has to read, over its time, as a share of the rate at which the device copies",
         "memory (read and write counted).",
+        *(OF_OWN if set(OWN_COLUMNS) <= set(columns) else ()),
         "",
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _cells(row: Row, has_idle: bool) -> list[str]:
-    cells = [
-        row.contender,
-        f"{row.temperature:g}",
-        _interval(row.tokens_per_second, 0),
-        _interval(row.steady, 0) if row.steady else "",
-        f"{row.end_to_end.median:.0f}" if row.end_to_end else "",
-        f"{row.tokens_per_step:.2f}",
-        f"{row.step_ms:.2f}" if row.step_ms is not None else "",
-        f"{row.nodes:.1f}",
-        _interval(row.ratio, 3) if row.ratio else "",
-        _interval(row.full_ratio, 3) if row.full_ratio else "",
-        _interval(row.steady_ratio, 3) if row.steady_ratio else "",
-        f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
-    ]
-    if has_idle:
-        cells.append(f"{row.gpu_idle_share:.1%}" if row.gpu_idle_share is not None else "")
-    return cells
+def _columns(rows: Sequence[Row]) -> list[str]:
+    own = OWN_COLUMNS if any(row.over_own for row in rows) else ()
+    idle = ["GPU idle"] if any(row.gpu_idle_share is not None for row in rows) else []
+    return [*COLUMNS, *own, "of copy", *idle]
+
+
+def _cells(row: Row) -> dict[str, str]:
+    own = row.over_own
+    return {
+        "contender": row.contender,
+        "T": f"{row.temperature:g}",
+        "tokens/s": _interval(row.tokens_per_second, 0),
+        "steady tokens/s": _interval(row.steady, 0),
+        "end to end": f"{row.end_to_end.median:.0f}" if row.end_to_end else "",
+        "tokens a step": f"{row.tokens_per_step:.2f}",
+        "step, ms": f"{row.step_ms:.2f}" if row.step_ms is not None else "",
+        "nodes": f"{row.nodes:.1f}",
+        "over plain": _interval(row.ratio, 3),
+        "all at once": _interval(row.full_ratio, 3),
+        "steady": _interval(row.steady_ratio, 3),
+        "over own": _interval(own and own.ratio, 3),
+        "own, all at once": _interval(own and own.full_ratio, 3),
+        "own, steady": _interval(own and own.steady_ratio, 3),
+        "of copy": f"{row.bandwidth_share:.0%}" if row.bandwidth_share is not None else "",
+        "GPU idle": f"{row.gpu_idle_share:.1%}" if row.gpu_idle_share is not None else "",
+    }
 
 
 def _over_plain(row: Row) -> Interval | None:
@@ -109,7 +124,9 @@ def _step_ms(row: Row) -> Interval | None:
     return None if row.step_ms is None else Interval(row.step_ms, row.step_ms, row.step_ms)
 
 
-def _interval(value: Interval, digits: int) -> str:
+def _interval(value: Interval | None, digits: int) -> str:
+    if value is None:
+        return ""
     return f"{value.median:.{digits}f} ({value.low:.{digits}f} to {value.high:.{digits}f})"
 
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from benchmarks.hardware import synchronize
 from benchmarks.workload import Request
-from medusa import Engine
+from medusa import Engine, SamplingParams
 from medusa.engine.sequence import Output
+from medusa.grammar import Grammar
 
 MIN_WAVES = 2  # whose requests make a queue, at least: with fewer most of the time would be the start and the end
 
@@ -40,9 +41,12 @@ def takes_at_least(concurrency: int) -> int:
     return MIN_WAVES * concurrency
 
 
-def run_steady(engine: Engine, queue: Sequence[Request], concurrency: int, temperature: float) -> Steady:
-    """Decodes the queue in its order on an idle engine, `concurrency` requests at once for as long as it lasts. Raises
-    ValueError for a shorter queue than `takes_at_least`, and RuntimeError where a reply has not its length."""
+def run_steady(
+    engine: Engine, queue: Sequence[Request], concurrency: int, temperature: float, grammar: Grammar | None = None
+) -> Steady:
+    """Decodes the queue in its order on an idle engine, `concurrency` requests at once for as long as it lasts. With a
+    `grammar` one of them has it: the first place's, and then whichever takes that place. Raises ValueError for a
+    shorter queue than `takes_at_least`, and RuntimeError where a reply has not its length."""
     if len(queue) < takes_at_least(concurrency):
         raise ValueError(
             f"a steady run of {concurrency} at once takes at least {takes_at_least(concurrency)} requests, "
@@ -51,7 +55,7 @@ def run_steady(engine: Engine, queue: Sequence[Request], concurrency: int, tempe
     synchronize(engine.backbone.device)
     steady = Steady()
     start = time.perf_counter()
-    places = _Places(engine, queue, concurrency, temperature)
+    places = _Places(engine, queue, temperature, [grammar, *[None] * (concurrency - 1)])
     full_since: float | None = None
     while engine.has_unfinished():
         were_full = not places.stays_empty
@@ -67,17 +71,19 @@ def run_steady(engine: Engine, queue: Sequence[Request], concurrency: int, tempe
 
 
 class _Places:
-    """Places for requests of a queue; the next takes a place as soon as its request ends."""
+    """Places for requests of a queue; the next takes a place, and its grammar, as soon as its request ends."""
 
-    def __init__(self, engine: Engine, queue: Sequence[Request], count: int, temperature: float) -> None:
+    def __init__(
+        self, engine: Engine, queue: Sequence[Request], temperature: float, grammars: Sequence[Grammar | None]
+    ) -> None:
         self._engine = engine
         self._temperature = temperature
         self._queue = deque(queue)
-        self._asked: dict[str, int] = {}  # the reply lengths of the requests that have a place
+        self._asked: dict[str, SamplingParams] = {}  # of the requests that have a place
         self._unfilled: set[str] = set()  # those of them without a token
         self.stays_empty = False
-        for _ in range(count):
-            self._add_next()
+        for grammar in grammars:
+            self._add_next(grammar)
         self._first = set(self._asked)
 
     @property
@@ -96,16 +102,16 @@ class _Places:
 
     def _end(self, request_id: str, length: int) -> None:
         asked = self._asked.pop(request_id)
-        if length != asked:
-            raise RuntimeError(f"a reply of {length} tokens ended, {asked} were asked for")
+        if length != asked.max_tokens:
+            raise RuntimeError(f"a reply of {length} tokens ended, {asked.max_tokens} were asked for")
         if self._queue:
-            self._add_next()
+            self._add_next(asked.grammar)
         else:
             self.stays_empty = True
 
-    def _add_next(self) -> None:
+    def _add_next(self, grammar: Grammar | None) -> None:
         request = self._queue.popleft()
-        params = request.params(self._temperature)
+        params = request.params(self._temperature, grammar=grammar)
         request_id = self._engine.add(request.prompt_ids, params)
-        self._asked[request_id] = params.max_tokens
+        self._asked[request_id] = params
         self._unfilled.add(request_id)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from medusa import Engine, SamplingParams
 from medusa.config import ConfigError
+from medusa.grammar import Grammar
 from medusa.loops import cut_at_loop
 from medusa.tokenizer import ChatTokenizer
 from pipelines.prompt_files import Prompt, read_prompts
@@ -38,10 +39,16 @@ class Request:
     seed: int
     lengths: dict[float, int] = field(default_factory=dict)
 
-    def params(self, temperature: float, max_tokens: int | None = None) -> SamplingParams:
+    def params(
+        self, temperature: float, max_tokens: int | None = None, grammar: Grammar | None = None
+    ) -> SamplingParams:
         """Of a reply of its length, or of at most `max_tokens`, whatever it says."""
         length = self.lengths[temperature]
         length = length if max_tokens is None else min(length, max_tokens)
+        if grammar is not None:  # whose reply ends with an end: only the last token may be one
+            return SamplingParams(
+                max_tokens=length, min_tokens=length - 1, temperature=temperature, seed=self.seed, grammar=grammar
+            )
         return SamplingParams(max_tokens=length, temperature=temperature, seed=self.seed, ignore_eos=True)
 
 

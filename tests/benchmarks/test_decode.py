@@ -288,6 +288,7 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     assert content["settings"]["prompt tokens, mean"] == 40.0 and content["settings"]["step times"]
     assert content["settings"]["typical acceptance, distance"]["first"] > 0
     assert page == (tmp_path / "out" / "decode.md").read_text()
+    assert all(row["over_own"] is None for row in content["rows"]) and "over own" not in page  # no --grammar
     assert "medusa, typical" in page and "KL(typical || exact)" in page and "GPU idle" not in page
     assert "| steady tokens/s |" in page and "no steady" not in page
     assert "- copy rate, GB/s: 5.0" in page

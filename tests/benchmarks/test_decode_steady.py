@@ -82,7 +82,9 @@ class ScriptedEngine:
         length, *given = self._given[seed]
         finished = None
         if sum(given) == length:
-            finished = SimpleNamespace(token_ids=[7] * length, num_steps=len(given) - 1, accepted_per_step=given[1:])
+            finished = SimpleNamespace(
+                token_ids=[7] * length, num_steps=len(given) - 1, accepted_per_step=given[1:], seed=seed
+            )
             del self._given[seed]
         return SimpleNamespace(request_id=str(seed), token_ids=[7] * tokens, finished=finished)
 
