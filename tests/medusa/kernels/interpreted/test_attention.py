@@ -1,99 +1,21 @@
-"""Attention over pages equals the plain tree attention, or a softmax written out; free pages hold NaN."""
+"""Attention over pages equals the plain tree attention, however it is cut; see attention_batch.py."""
 
 from __future__ import annotations
 
 import itertools
-import random
 
 import pytest
 import torch
 
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
-from medusa.kernels.tree_attention import PagedTree
+from tests.medusa.kernels.interpreted.attention_batch import Batch
 
-CPU = torch.device("cpu")
-PAGE_SIZE, WIDTH = 32, 8
 NAN = float("nan")
 
 
-class Batch:
-    """Random rows of a cache, trees (or chains) behind them, and queries, keys and values of the nodes."""
-
-    def __init__(self, seed, counts, *, heads, groups, size, room=64, chain=False):
-        rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-        self.counts, self.chain, self.heads, self.size = counts, chain, heads, size
-        num_rows, total = len(counts) + 2, sum(counts) + 3
-        self.rows = rng.sample(range(num_rows - 1), len(counts))
-        self.length = torch.tensor([rng.choice([0, 1, 5, 17, 33, 70]) for _ in range(num_rows - 1)] + [0])
-        pages = 1 + torch.randperm(num_rows * WIDTH, generator=generator)
-        self.tables = pages.view(num_rows, WIDTH).int()
-        self.depth = torch.zeros(num_rows, room, dtype=torch.int32)
-        self.ancestors = torch.eye(room, dtype=torch.bool).repeat(num_rows, 1, 1)
-        for row in range(num_rows):
-            for node in range(1, room):
-                parent = node - 1 if chain else rng.randrange(node)
-                self.depth[row, node] = self.depth[row, parent] + 1
-                self.ancestors[row, node] |= self.ancestors[row, parent]
-        bit = torch.ones(64, dtype=torch.int64) << torch.arange(64)
-        self.bits = (self.ancestors.view(num_rows, room, room // 64, 64).long() * bit).sum(-1)
-        self.query = torch.randn(total, heads, size, generator=generator)
-        self.cache = torch.full((2, num_rows * WIDTH + 1, PAGE_SIZE, groups, size), NAN)
-        for row, count in zip(self.rows, counts, strict=True):
-            for position in range(int(self.length[row]) + count):
-                page = self.tables[row, position // PAGE_SIZE]
-                new = torch.randn(2, groups, size, generator=generator)
-                self.cache[:, page, position % PAGE_SIZE] = new
-
-    @property
-    def starts(self):
-        return [sum(self.counts[:b]) for b in range(len(self.counts))]
-
-    def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, **options):
-        """The kernel's result; rows of no sequence must have been left alone."""
-        plan = AttentionPlan(
-            splits,
-            rows,
-            columns,
-            max(self.counts),
-            warps=warps,
-            teams=warps if rows < 64 else 1,
-            merged_in_place=merged_in_place,
-        )
-        visible = Visible(
-            *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),
-            self.length, self.tables, *((None, None) if self.chain else (self.bits, self.depth)),
-        )  # fmt: skip
-        room = splits * len(self.query)
-        scratch = Scratch(
-            torch.full((room, self.heads, self.size), NAN), torch.full((room, self.heads), NAN),
-            torch.zeros(4096, dtype=torch.int32),
-        )  # fmt: skip
-        out = torch.full_like(self.query, NAN)
-        attend(self.query, self.cache, visible, plan, out, scratch, 0.3, **options)
-        assert scratch.arrived.eq(0).all()
-        assert out[sum(self.counts) :].isnan().all()
-        return out
-
-    def expected(self, window=None, softcap=None):
-        """The plain twin's, one sequence at a time: it writes the same keys and values where they are already."""
-        out = torch.full_like(self.query, NAN)
-        for row, count, start in zip(self.rows, self.counts, self.starts, strict=True):
-            if count:
-                out[start : start + count] = self._one(row, slice(start, start + count), window, softcap)
-        return out
-
-    def _one(self, row, nodes, window, softcap):
-        count, length = nodes.stop - nodes.start, int(self.length[row])
-        step = PagedTree(
-            self.cache[None].clone(), self.tables[None, row].long(), self.length[None, row],
-            self.depth[None, row, :count].long(), torch.ones(1, count, dtype=torch.bool),
-            self.ancestors[None, row, :count, :count],
-        )  # fmt: skip
-        position = torch.arange(length, length + count)
-        new = self.cache[:, self.tables[row, position // PAGE_SIZE].long(), position % PAGE_SIZE].transpose(1, 2)
-        query = self.query[None, nodes].transpose(1, 2)
-        return step.attend(0, query, new[None, 0], new[None, 1], 0.3, window, softcap)[0]
+def assert_found(found, expected):
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize(("splits", "merged_in_place"), [(1, 2), (4, 2), (4, 4)])
@@ -109,8 +31,32 @@ class Batch:
 )
 def test_equals_plain_tree_attention(counts, shape, splits, merged_in_place):
     batch = Batch(len(counts), counts, **shape)
-    found = batch.run(splits, merged_in_place=merged_in_place)
-    torch.testing.assert_close(found, batch.expected(), atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert_found(batch.run(splits, merged_in_place=merged_in_place), batch.expected())
+
+
+TEAMS_OF_4 = dict(rows=16, columns=64, warps=4)
+LARGE_TILES = dict(rows=64, columns=64, warps=8)
+GROUPS_OF_7 = dict(heads=14, groups=2, page_size=64)
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape"),
+    [
+        (dict(splits=1, **TEAMS_OF_4), dict(size=24, **GROUPS_OF_7)),
+        (dict(splits=3, merged_in_place=3, **TEAMS_OF_4), dict(size=16, **GROUPS_OF_7)),
+        (dict(splits=1, **TEAMS_OF_4), dict(size=80, chain=True, **GROUPS_OF_7)),
+        (dict(splits=3, **LARGE_TILES), dict(size=40, room=128, **GROUPS_OF_7)),
+        (dict(splits=11, rows=64, columns=16, warps=4), dict(size=24, chain=True, **GROUPS_OF_7)),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, dict(window=37, softcap=1.5)])
+def test_tiles_of_either_kind_whatever_they_hold(cut, shape, options):
+    """Heads that are no power of two, seven to a key-value head, so that tiles share nodes; of up to 200 tokens, which
+    are pages enough for all teams and splits; keys and values that the launch writes itself, but for chains."""
+    counts = [0, 70, 3] if "room" in shape else [11, 0, 3]
+    batch = Batch(9, counts, lengths=(200, 170, 131), **shape)
+    found = batch.run(**cut, fresh=not batch.chain, **options)
+    assert_found(found, batch.expected(**options))
 
 
 @pytest.mark.parametrize("chain", [False, True])
@@ -119,14 +65,24 @@ def test_windows_count_depth_not_slots(window, chain):
     batch = Batch(5, [24, 3], heads=4, groups=2, size=16, chain=chain)
     expected = batch.expected(window)
     for splits in (1, 2):
-        torch.testing.assert_close(batch.run(splits, window=window), expected, atol=1e-5, rtol=1e-5, equal_nan=True)
+        assert_found(batch.run(splits, window=window, fresh=not chain), expected)
     assert not torch.allclose(expected[:27], batch.expected()[:27], atol=1e-2)
+
+
+@pytest.mark.parametrize("warps", [1, 2])
+def test_tokens_ahead_of_all_windows_are_not_read(warps):
+    batch = Batch(5, [5, 1], heads=4, groups=2, size=16, lengths=(70, 170))
+    expected = batch.expected(9)
+    for row, _ in batch.sequences():
+        batch.cache[batch.places(row, 0, (int(batch.length[row]) - 8) // 32 * 32)] = NAN
+    for splits in (1, 3):
+        assert_found(batch.run(splits, warps=warps, window=9), expected)
 
 
 def test_scores_are_capped():
     batch = Batch(6, [12, 20], heads=4, groups=2, size=16)
     out = batch.run(2, softcap=1.5, window=30)
-    torch.testing.assert_close(out, batch.expected(30, 1.5), atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert_found(out, batch.expected(30, 1.5))
     assert not torch.allclose(out[:32], batch.expected(30)[:32], atol=1e-2)
 
 
@@ -138,7 +94,7 @@ def test_tiles_of_any_size_and_strided_queries():
     batch.query = wide[:, :4]
     for rows, columns, warps in [(32, 16, 1), (64, 32, 4), (16, 32, 2), (32, 32, 2)]:
         found = batch.run(2, rows=rows, columns=columns, warps=warps)
-        torch.testing.assert_close(found[:43], expected[:43], atol=1e-5, rtol=1e-5)
+        assert_found(found, expected)
 
 
 def test_plans_stay_within_their_scratch():
@@ -212,17 +168,33 @@ def test_fewer_tiles_are_under_way_where_keys_are_large():
     assert [plan.stages_of(*sizes) for sizes in ((128, 2), (128, 4), (256, 2), (160, 4), (256, 4))] == [9, 5, 5, 3, 3]
 
 
-@pytest.mark.parametrize(("teams", "warps", "columns"), [(8, 8, 128), (4, 4, 32), (2, 2, 16), (2, 4, 64)])
+@pytest.mark.parametrize(("teams", "warps", "columns"), [(8, 8, 128), (4, 4, 32), (2, 2, 16), (2, 4, 64), (3, 3, 64)])
 def test_teams_too_small_for_a_product_are_refused(teams, warps, columns):
     with pytest.raises(ValueError, match="16 tokens each"):
         AttentionPlan(splits=1, rows=16, columns=columns, max_nodes=1, warps=warps, teams=teams)
 
 
-def test_too_little_scratch_is_refused():
+@pytest.mark.parametrize(("room", "counters"), [(11, 64), (12, 1)])
+def test_too_little_scratch_is_refused(room, counters):
     batch = Batch(8, [3], heads=2, groups=2, size=16)
-    scratch = Scratch(torch.empty(4, 2, 16), torch.empty(4, 2), torch.zeros(64, dtype=torch.int32))
+    scratch = Scratch(torch.empty(room, 2, 16), torch.empty(room, 2), torch.zeros(counters, dtype=torch.int32))
     row = torch.zeros(1, dtype=torch.int32)
     visible = Visible(row, row, row + 3, batch.length, batch.tables, batch.bits, batch.depth)
     plan = AttentionPlan(splits=2, rows=16, columns=16, max_nodes=3, warps=1)
     with pytest.raises(ValueError, match="needs more scratch"):
         attend(batch.query, batch.cache, visible, plan, torch.empty_like(batch.query), scratch, 0.3)
+
+
+def test_pages_smaller_than_a_tile_are_refused():
+    with pytest.raises(ValueError, match="pages of 32 tokens do not hold whole tiles of 64"):
+        Batch(8, [3], heads=2, groups=2, size=16).run(1, columns=64)
+
+
+@pytest.mark.parametrize(
+    ("chain", "fresh", "projected"), [(True, True, True), (False, True, False), (False, False, True)]
+)
+def test_rotation_goes_with_trees_and_whole_projections(chain, fresh, projected):
+    batch = Batch(8, [3], heads=2, groups=2, size=16, chain=chain)
+    batch.query = batch.projected = batch.projected if projected else batch.query
+    with pytest.raises(ValueError, match="rotation goes with trees"):
+        batch.run(1, fresh=fresh)
