@@ -1,8 +1,9 @@
 """Attention over pages on a GPU: trees (a tree of one node is plain decoding) and chains (chunks of prompts).
 
 Each sequence's committed tokens are split over programs, with the query heads that share a key-value head packed as
-rows of one tile; the last split adds the step's own nodes. The splits are merged by their log-sum-exp, in their order:
-few by the program that arrives last, more in a second launch. The plain twin is `medusa.kernels.tree_attention`.
+rows of one tile; the last split takes the step's own nodes. The splits are merged by their log-sum-exp, in their order:
+few of a small tile by the program that arrives last, others in a second launch. The plain twin is
+`medusa.kernels.tree_attention`.
 
 Shapes: M flat nodes, H query heads, G key-value heads, D head size, P pages.
 """

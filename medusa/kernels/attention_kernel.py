@@ -17,25 +17,38 @@ import triton
 import triton.language as tl
 
 from medusa.kernels.attention_merge import merge_in_place
-from medusa.kernels.head_rows import load_angles, load_rotated, load_rows, scaled, store_rows, update
+from medusa.kernels.head_rows import load_angles, load_rotated, load_rows, store_rows
 from medusa.kernels.launch import await_inputs
+
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _update_teams(qk, seen, v, m, l, acc, PRECISION: tl.constexpr):
-    """`update` for all teams at once."""
+def _scaled(qk, scaling, softcap, SOFTCAP: tl.constexpr):
+    """Scores as exponents of two: scaled, capped where the model caps them, times log2(e)."""
+    if SOFTCAP:
+        half = tl.sigmoid(2 * scaling * qk / softcap)  # tanh(x) = 2 sigmoid(2x) - 1
+        return (softcap * LOG2_E) * (2 * half - 1)
+    else:
+        return qk * (scaling * LOG2_E)
+
+
+@triton.jit
+def _update(qk, seen, v, m, l, acc, PRECISION: tl.constexpr):
+    """One step of the online softmax, of one tile or of all teams' at once; columns not seen weigh nothing, even where
+    no column is."""
     qk = tl.where(seen, qk, -float("inf"))
-    peak = tl.maximum(m, tl.max(qk, 2))
+    peak = tl.maximum(m, tl.max(qk, -1))
     shrink = tl.exp2(m - peak)
-    p = tl.exp2(qk - peak[:, :, None])
-    l = l * shrink + tl.sum(p, 2)
-    acc = acc * shrink[:, :, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    p = tl.exp2(qk - tl.expand_dims(peak, -1))
+    l = l * shrink + tl.sum(p, -1)
+    acc = acc * tl.expand_dims(shrink, -1) + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     return peak, l, acc
 
 
 @triton.jit
 def _sum_teams(x, TEAMS: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """[TEAMS, BM, BD] summed over up to four teams: moved once, then added up in registers, where a reduction over
+    """[TEAMS, BM, BD] summed over two or four teams: moved once, then added up in registers, where a reduction over
     warps would move value by value."""
     x = tl.permute(x, (1, 2, 0))
     if TEAMS == 4:
@@ -150,8 +163,8 @@ def attend_tiles(
             seen = inside[None, :]
             if WINDOW:
                 seen = seen & (length + depth[:, None] - t[None, :] < window)
-            qk = scaled(tl.dot(own, tl.trans(k), input_precision=PRECISION), scaling, softcap, SOFTCAP)
-            peak, total, found = update(qk, seen, v, peak, total, found, PRECISION)
+            qk = _scaled(tl.dot(own, tl.trans(k), input_precision=PRECISION), scaling, softcap, SOFTCAP)
+            peak, total, found = _update(qk, seen, v, peak, total, found, PRECISION)
     else:
         q = tl.broadcast_to(own[None, :, :], (TEAMS, BM, BD))
         m = tl.full([TEAMS, BM], -1e30, tl.float32)
@@ -170,8 +183,8 @@ def attend_tiles(
             seen = inside[:, None, :]
             if WINDOW:
                 seen = seen & (length + depth[None, :, None] - t[:, None, :] < window)
-            qk = scaled(tl.dot(q, tl.trans(k, (0, 2, 1)), input_precision=PRECISION), scaling, softcap, SOFTCAP)
-            m, l, acc = _update_teams(qk, seen, v, m, l, acc, PRECISION)
+            qk = _scaled(tl.dot(q, tl.trans(k, (0, 2, 1)), input_precision=PRECISION), scaling, softcap, SOFTCAP)
+            m, l, acc = _update(qk, seen, v, m, l, acc, PRECISION)
         peak = tl.max(m, 0)
         weight = tl.exp2(m - peak[None, :])
         total = tl.sum(l * weight, 0)
@@ -206,8 +219,8 @@ def attend_tiles(
                     its_depth = tl.load(DEPTH + row * N + j, mask=inside, other=0).to(tl.int32)
             if WINDOW:
                 seen = seen & (depth[:, None] - its_depth[None, :] < window)
-            qk = scaled(tl.dot(own, tl.trans(k), input_precision=PRECISION), scaling, softcap, SOFTCAP)
-            peak, total, found = update(qk, seen, v, peak, total, found, PRECISION)
+            qk = _scaled(tl.dot(own, tl.trans(k), input_precision=PRECISION), scaling, softcap, SOFTCAP)
+            peak, total, found = _update(qk, seen, v, peak, total, found, PRECISION)
     found = found / tl.where(total > 0, total, 1.0)[:, None]
     out = OUT + flat[:, None] * so_m + head[:, None] * so_h + d[None, :]
     if WHOLE:

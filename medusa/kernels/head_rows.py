@@ -8,8 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 @triton.jit
 def load_rows(pointers, inside, d, D: tl.constexpr, BD: tl.constexpr):
@@ -45,25 +43,3 @@ def load_rotated(rows, cos, sin, inside, d, D: tl.constexpr, BD: tl.constexpr):
     y = load_rows(rows[:, None] + partner[None, :], inside, d, D, BD)
     across = tl.where((d < half)[None, :], -y.to(tl.float32), y.to(tl.float32))
     return (x.to(tl.float32) * cos.to(tl.float32) + across * sin.to(tl.float32)).to(x.dtype)
-
-
-@triton.jit
-def scaled(qk, scaling, softcap, SOFTCAP: tl.constexpr):
-    """Scores as exponents of two: scaled, capped where the model caps them, times log2(e)."""
-    if SOFTCAP:
-        half = tl.sigmoid(2 * scaling * qk / softcap)  # tanh(x) = 2 sigmoid(2x) - 1
-        return (softcap * LOG2_E) * (2 * half - 1)
-    else:
-        return qk * (scaling * LOG2_E)
-
-
-@triton.jit
-def update(qk, seen, v, m, l, acc, PRECISION: tl.constexpr):
-    """One step of the online softmax; columns not seen weigh nothing, even where no column is."""
-    qk = tl.where(seen, qk, -float("inf"))
-    peak = tl.maximum(m, tl.max(qk, 1))
-    shrink = tl.exp2(m - peak)
-    p = tl.exp2(qk - peak[:, None])
-    l = l * shrink + tl.sum(p, 1)
-    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return peak, l, acc
