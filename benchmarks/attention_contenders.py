@@ -169,7 +169,7 @@ class Contender:
 
 
 def medusa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
-    """This project's kernel, cut as an engine cuts it."""
+    """This project's kernel, cut as an engine cuts it whose largest tree has the shape's nodes."""
     shape = problem.shape
     plan = AttentionPlan.of(
         batch_size=shape.batch,

@@ -1,7 +1,7 @@
 """The decoder of a GPU step: a list of nodes in, their hidden states out, in launches that a CUDA graph can hold.
 
 `FusedDecoder` runs the Llama family (RMSNorm, rotary attention, gated MLP) by this project's own kernels, seven
-or eight launches a layer. `ModuleDecoder` runs any other supported model through transformers' modules with tree
+launches a layer or a few more. `ModuleDecoder` runs any other supported model through transformers' modules with tree
 attention over pages inside; it is also the plain twin that tests hold the fused one against.
 
 Shapes: M nodes, d hidden size, H query heads, G key-value heads, D head size, F channels of the MLP, S partial sums.
