@@ -67,9 +67,10 @@ class Batch:
         token = torch.arange(first, first + count)
         return slice(None), self.tables[row, token // self.page_size].long(), token % self.page_size
 
-    def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, fresh=False, **options):
-        """The kernel's result. Rows of no sequence must have been left alone, and the cache be what it was; with
-        `fresh` the launch rotates, and puts the nodes' keys and values there, by itself."""
+    def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, fresh=False, stuck=None, **options):
+        """The kernel's result. Rows of no sequence, and those between, must have been left alone, and the cache be what
+        it was; with `fresh` the launch rotates, and puts the nodes' keys and values there, by itself. The `stuck`
+        counter of splits starts so high that nobody merges these."""
         plan = AttentionPlan(
             splits, rows, columns, max(self.counts), warps=warps, teams=warps if rows < 64 else 1,
             merged_in_place=merged_in_place,
@@ -79,17 +80,21 @@ class Batch:
             self.length, self.tables, *((None, None) if self.chain else (self.bits, self.depth)),
         )  # fmt: skip
         room = splits * len(self.query)
+        arrived, left = torch.zeros(2, 4096, dtype=torch.int32)
+        if stuck is not None:
+            arrived[stuck], left[stuck] = 100, 100 + splits
         scratch = Scratch(
-            torch.full((room, self.heads, self.size), NAN), torch.full((room, self.heads), NAN),
-            torch.zeros(4096, dtype=torch.int32),
+            torch.full((room, self.heads, self.size), NAN), torch.full((room, self.heads), NAN), arrived
         )  # fmt: skip
-        out, cache = torch.full((len(self.query), self.heads, self.size), NAN), self.cache.clone()
+        wide = torch.full((len(self.query), self.heads + 1, self.size), NAN)
+        out, cache = wide[:, :-1], self.cache.clone()
         query, rotation = (self.projected, self.rotation) if fresh else (self.query, None)
         for row, nodes in self.sequences() if fresh else ():
             cache[self.places(row, int(self.length[row]), len(nodes))] = NAN
         attend(query, cache, visible, plan, out, scratch, 0.3, rotation=rotation, **options)
-        assert scratch.arrived.eq(0).all()
-        assert out[sum(self.counts) :].isnan().all()
+        assert torch.equal(arrived, left)
+        assert wide[sum(self.counts) :].isnan().all()
+        assert wide[:, -1].isnan().all()
         torch.testing.assert_close(cache, self.cache, atol=1e-6, rtol=1e-6, equal_nan=True)
         return out
 

@@ -59,6 +59,14 @@ def test_tiles_of_either_kind_whatever_they_hold(cut, shape, options):
     assert_found(found, batch.expected(**options))
 
 
+def test_each_tile_and_key_value_head_counts_its_splits_apart():
+    """In turn, as an interpreter runs programs, they could share one counter."""
+    batch = Batch(4, [2, 20], heads=4, groups=2, size=16)  # three tiles of eight nodes each
+    expected = batch.expected()
+    expected[2 + 8 : 2 + 16, 2:] = NAN
+    assert_found(batch.run(3, merged_in_place=3, stuck=(1 * 3 + 1) * 2 + 1), expected)
+
+
 @pytest.mark.parametrize("chain", [False, True])
 @pytest.mark.parametrize("window", [1, 9])
 def test_windows_count_depth_not_slots(window, chain):
