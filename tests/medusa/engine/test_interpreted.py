@@ -32,7 +32,8 @@ def test_what_the_gpus_engine_takes_longer_for():
 
 
 @needs_triton
-@pytest.mark.parametrize(("speed", "tests"), [("not slow", 1), pytest.param("slow", 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("speed", "tests"), [("not slow", 1), ("slow", 2)])
 def test_the_gpus_engine_in_two_processes(speed, tests):
     counts, output = FolderRun.start(TEAM, interpreted() | {"PYTEST_ADDOPTS": f"-m '{speed}'"}).finished(280)
     assert counts["test_team"] == [tests, 0], output

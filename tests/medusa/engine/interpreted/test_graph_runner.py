@@ -146,6 +146,7 @@ def test_the_runner_changes_between_lag_and_none_while_sequences_run(llama):
     assert replies[0].keys() == {"long", "asking"}
 
 
+@pytest.mark.slow
 def test_preempted_sequences_go_on_where_they_were(llama):
     engines = pair(llama, kv_cache_gb=gigabytes(llama, 4), max_prefill_tokens=70)
     prompts = random_prompts([51, 49, 3], vocab=VOCAB, seed=1)
