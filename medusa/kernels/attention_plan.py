@@ -112,11 +112,13 @@ class AttentionPlan:
 
     @classmethod
     def _of_large_tiles(cls, programs: int, max_nodes: int, processors: int) -> AttentionPlan:
-        """Tiles of 64 rows, which are merged by a launch of their own."""
+        """Tiles of 64 rows, which are merged by a launch of their own. Three under way take more than half of a
+        multiprocessor's shared memory, so that no two programs share one while others have none."""
         alone, paired = processors // programs, 2 * processors // programs
         if alone >= 3:
             return cls(min(FEW_SPLITS, alone), MAX_ROWS, 64, max_nodes, ahead=3, merged_in_place=1)
-        return cls(3 if paired >= 3 else 1, MAX_ROWS, 64, max_nodes, ahead=2, merged_in_place=1)
+        splits = 3 if paired >= 3 else 1
+        return cls(splits, MAX_ROWS, 64, max_nodes, ahead=3 if splits == 1 and alone else 2, merged_in_place=1)
 
     @classmethod
     def _of_large_heads(cls, programs: int, rows: int, max_nodes: int, processors: int) -> AttentionPlan:

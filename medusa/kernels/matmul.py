@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
-from medusa.kernels.tiles import Tiles, Weight, plan_of
+from medusa.kernels.ring_product import ring_product
+from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_of
 from medusa.kernels.widen import widened
 from medusa.quantization import QuantizedWeight
 
@@ -194,16 +195,23 @@ def product(
     what `plan_of` splits it into."""
     tiles = plan_of(len(x), weight, may_split=out.dim() == 3)
     target = out[0] if out.dim() == 3 and len(out) == 1 else out
-    if tiles is not None:
+    if isinstance(tiles, Tiles):
         return matmul(x, weight, target, tiles, bias, pdl=pdl)
-    assert isinstance(weight, torch.Tensor)  # a quantised one always has a plan
+    assert isinstance(weight, torch.Tensor)  # a quantised one always has a plan of `Tiles`
+    if tiles is not None:
+        return ring_product(x, weight, target, tiles, bias, pdl=pdl)
     if bias is not None:
         return torch.addmm(bias, x, weight.t(), out=target)
     return torch.mm(x, weight.t(), out=target)
 
 
-def gated(x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles, *, pdl: bool = False) -> torch.Tensor:
+def gated(
+    x: torch.Tensor, weight: Weight, out: torch.Tensor, tiles: Tiles | RingTiles, *, pdl: bool = False
+) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) -> out [M, N], where weight [2N, K] is gate above up."""
+    if isinstance(tiles, RingTiles):
+        assert isinstance(weight, torch.Tensor)  # a quantised one has none
+        return ring_product(x, weight, out, tiles, gated=True, pdl=pdl)
     num_rows, (num_both, size) = x.shape[0], weight.shape
     values, scale = _parts(weight)
     num_out = num_both // 2

@@ -1,15 +1,19 @@
 """How products of a few rows with a large frozen matrix are cut: the plans that were fastest on a Hopper GPU
-(docs/performance.md). Every plan fits an A100's shared memory with elements of 16 bits.
+(docs/performance.md). `Tiles` are Triton's (matmul.py), and every plan of them fits an A100's shared memory with
+elements of 16 bits; `RingTiles` are Hopper's own (ring_product.py).
 
 Shapes as in matmul.py.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from dataclasses import dataclass
 
 import torch
 
+from medusa.kernels.launch import has_warpgroups
 from medusa.quantization import QuantizedWeight
 
 Weight = torch.Tensor | QuantizedWeight
@@ -17,6 +21,10 @@ Weight = torch.Tensor | QuantizedWeight
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
 LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
+
+RING_ROWS = 128  # of X, at most
+RING_COLUMNS = 64  # of a tile of a ring: the 128 bytes of a swizzled row
+RING_BYTES = 190 * 1024  # of shared memory: more than half of it, so that each multiprocessor has one program
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,16 @@ class Tiles:
     splits: int = 1
     stages: int = 4
     warps: int = 4
+
+
+@dataclass(frozen=True)
+class RingTiles:
+    """How a product by a ring of tiles is cut: rows of W a program takes (of gate and of up each, where gated), splits
+    of K and tiles under way."""
+
+    rows_w: int
+    splits: int
+    stages: int
 
 
 def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles | None:
@@ -77,14 +95,66 @@ def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -
     return Tiles(128, 128, 64, stages=4, warps=8)
 
 
-def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | None:
-    """The plan for a weight of either kind."""
-    plan = plan_quantized if isinstance(weight, QuantizedWeight) else plan_product
-    return plan(num_rows, *weight.shape, may_split=may_split)
+def plan_ring(
+    num_rows: int, num_out: int, size: int, *, processors: int, may_split: bool = False, gated: bool = False
+) -> RingTiles | None:
+    """The same for a product by a ring: an even share of W for each multiprocessor. None for few rows, which Triton's
+    loops stream as fast, and where a share is too large for a program's registers, or so small that X is more."""
+    if not 32 < num_rows <= RING_ROWS or num_out % 8 or size % 8:
+        return None
+    halves = 2 if gated else 1
+    rows_x = 64 if num_rows <= 64 else RING_ROWS
+    splits = 1 if not may_split or size < 1024 else 2 if rows_x == 64 or size < 8192 else 4
+    unit = 8 // halves
+    rows_w = -(-num_out * splits // processors // unit) * unit
+    most, fewest = 256 // halves, rows_x // (2 * halves)
+    if not fewest <= rows_w <= most:
+        return None
+    return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * RING_COLUMNS * 2))
 
 
-def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | None:
-    """The same for a gated product; None: take `product` and gate after it."""
+def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | RingTiles | None:
+    """The plan for a weight of either kind, on its device."""
+    if isinstance(weight, QuantizedWeight):
+        return plan_quantized(num_rows, *weight.shape, may_split=may_split)
+    ring = _ring_of(num_rows, weight, may_split=may_split)
+    return ring or plan_product(num_rows, *weight.shape, may_split=may_split)
+
+
+def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | RingTiles | None:
+    """The same for a gated product, gate above up; None: take `product` and gate after it."""
     if isinstance(weight, QuantizedWeight):
         return Tiles(16, 32, 128, stages=6, warps=2) if num_rows <= 16 else None
-    return plan_gated(num_rows)
+    return _ring_of(num_rows, weight, gated=True) or plan_gated(num_rows)
+
+
+def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, gated: bool = False) -> RingTiles | None:
+    if not has_ring(weight):
+        return None
+    num_out, size = weight.shape
+    return plan_ring(
+        num_rows, num_out // 2 if gated else num_out, size,
+        processors=_processors(weight.device), may_split=may_split, gated=gated,
+    )  # fmt: skip
+
+
+def has_ring(weight: torch.Tensor) -> bool:
+    """Whether a ring can read the weight: on Hopper, 16 bits an element, whole rows at multiples of 16 bytes, and
+    NVIDIA's bindings there, which torch's builds for CUDA bring."""
+    return (
+        has_warpgroups(weight.device)
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and weight.is_contiguous()
+        and weight.data_ptr() % 16 == 0
+        and _has_bindings()
+    )
+
+
+@functools.cache
+def _has_bindings() -> bool:
+    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 
 from medusa import Engine, Grammar, MedusaHeads, SamplingParams
 from medusa.engine.runners import graph_runner_of
@@ -81,3 +82,20 @@ def test_prompts_by_graphs_and_without_give_the_same_replies(tiny_llama):
             for kind, device in ((GpuEngine, DEVICE), (Engine, "cpu"))
         )  # fmt: skip
         assert_same(ours.generate(prompts, params), reference.generate(prompts, params))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are captured on a GPU alone")
+@pytest.mark.parametrize("heads", [MedusaHeads, HydraHeads])
+def test_a_step_makes_the_host_wait_for_nothing_but_the_step_before(tiny_llama, heads):
+    """CUDA's own watch refuses every call that waits for the device; the wait for an earlier step's event is none."""
+    engine = engine_of(GpuEngine, tiny_llama, DEVICE, heads)
+    params = [replace(each, prompt_logprobs=None) for each in PLAIN]
+    expected = engine.generate(PROMPTS, params)  # captures the graphs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            torch.ones(1, device=DEVICE).item()
+        found = engine.generate(PROMPTS, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]

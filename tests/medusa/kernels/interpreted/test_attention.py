@@ -147,12 +147,12 @@ def test_tiles_and_splits_follow_the_room_on_the_gpu():
         (32, 32, 1, 32): (64, 4, 4, 3, False),
         (32, 32, 1, 64): (64, 4, 4, 3, False),
         (32, 32, 2, 64): (64, 4, 3, 2, False),
-        (32, 32, 4, 32): (64, 4, 1, 2, False),
+        (32, 32, 4, 32): (64, 4, 1, 3, False),
         (32, 8, 1, 1): (16, 4, 8, 4, False),
         (32, 8, 16, 4): (16, 4, 1, 4, False),
         (32, 8, 1, 16): (64, 4, 8, 3, False),
         (32, 8, 1, 64): (64, 4, 4, 3, False),
-        (32, 8, 16, 8): (64, 4, 1, 2, False),
+        (32, 8, 16, 8): (64, 4, 1, 3, False),
     }
     for sizes, cut in expected.items():
         plan = plan_of(*sizes)
