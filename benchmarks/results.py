@@ -45,7 +45,7 @@ def write_results(folder: Path, settings: dict[str, Any], rows: Sequence[Row], n
     plotted = [row for row in rows if row.over_own is None]  # a row with a grammar is compared with its own, no peer
     if plotted:
         _plot(folder / "tokens_per_second.png", plotted, "tokens a second", lambda row: row.tokens_per_second)
-        label = "tokens a second over plain decoding (steady, else all at once)"
+        label = "tokens a second over plain (steady, else all at once)"
         _plot(folder / "over_plain.png", plotted, label, _over_plain, level=1.0)
         _plot(folder / "step_ms.png", plotted, "median step, ms", _step_ms)
 

@@ -112,8 +112,8 @@ class AttentionPlan:
 
     @classmethod
     def _of_large_tiles(cls, programs: int, max_nodes: int, processors: int) -> AttentionPlan:
-        """Tiles of 64 rows, which are merged by a launch of their own. Three under way take more than half of a
-        multiprocessor's shared memory, so that no two programs share one while others have none."""
+        """Tiles of 64 rows, which are merged by a launch of their own. With heads of 128, three under way take
+        more than half of a multiprocessor's shared memory, so that no two programs share one while others have none."""
         alone, paired = processors // programs, 2 * processors // programs
         if alone >= 3:
             return cls(min(FEW_SPLITS, alone), MAX_ROWS, 64, max_nodes, ahead=3, merged_in_place=1)

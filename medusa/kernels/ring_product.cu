@@ -20,6 +20,8 @@ constexpr int ROW_BYTES = 128;
 constexpr int TILE_ROWS = HALVES * FEATURES;
 constexpr u32 X_BYTES = 64 * WARPGROUPS * ROW_BYTES;
 constexpr u32 STAGE_BYTES = X_BYTES + TILE_ROWS * ROW_BYTES;
+static_assert(STAGES >= 2 && AHEAD <= STAGES, "a tile is free once the next has been multiplied");
+static_assert(TILE_ROWS % 8 == 0, "eight rows are a unit of the swizzled layout");
 constexpr u64 READ_ONCE = 0x12F0000000000000;   // policy of L2: evict first
 constexpr u64 READ_OFTEN = 0x14F0000000000000;  // evict last
 
@@ -66,7 +68,7 @@ struct Ring {
 };
 
 __device__ void ask_weight(const Ring& ring, const TensorMap* map, int stage, int tile, int feature) {
-    barrier_expect(ring.filled(stage), X_BYTES + TILE_ROWS * ROW_BYTES);
+    barrier_expect(ring.filled(stage), STAGE_BYTES);
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(ring.w(stage)),
@@ -97,8 +99,16 @@ __device__ void load(const Ring& ring, const TensorMap* w, const TensorMap* x, i
     }
 }
 
+// The tensor cores write the sums while other instructions run: none that reads or writes them may pass here. Without it the
+// compiler waits after every instruction of theirs.
+__device__ void keep_order(float (&sums)[TILE_ROWS / 2]) {
+#pragma unroll
+    for (int i = 0; i < TILE_ROWS / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
 __device__ void sum_tiles(const Ring& ring, int num_tiles, float (&sums)[TILE_ROWS / 2]) {
     const u32 group = threadIdx.x / 128;
+    keep_order(sums);
     for (int i = 0; i < num_tiles; ++i) {
         const int stage = i % STAGES;
         barrier_wait(ring.filled(stage), (i / STAGES) & 1);
@@ -111,6 +121,7 @@ __device__ void sum_tiles(const Ring& ring, int num_tiles, float (&sums)[TILE_RO
         if (i > 0 && threadIdx.x % 32 == 0) barrier_arrive(ring.freed((i - 1) % STAGES));
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    keep_order(sums);
 }
 
 __device__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
@@ -139,8 +150,7 @@ __device__ float up_of(const float (&sums)[TILE_ROWS / 2], int j, int i) {
     const int low = (j + FEATURES / 8) * 4 + i;
     if constexpr (FEATURES % 8 == 0) return sums[low];
     const int high = min(low + 4, TILE_ROWS / 2 - 4 + i);
-    const float a = __shfl_xor_sync(~0u, sums[low], 2), b = __shfl_xor_sync(~0u, sums[high], 2);
-    return threadIdx.x % 4 < 2 ? a : b;
+    return __shfl_xor_sync(~0u, threadIdx.x % 4 < 2 ? sums[high] : sums[low], 2);  // the other two lanes' wish
 }
 
 __device__ void store(const float (&sums)[TILE_ROWS / 2], OUT_TYPE* out, const u16* bias, int m, int n, int feature, long stride) {
@@ -182,6 +192,9 @@ extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 32, 1)
     } else {
         float sums[TILE_ROWS / 2] = {};
         sum_tiles(ring, last - first, sums);
+#if PDL
+        asm volatile("griddepcontrol.wait;" ::: "memory");  // for a program without tiles: others have waited for X
+#endif
         store(sums, out + blockIdx.y * split_stride, bias, m, n, feature, stride);
     }
 }

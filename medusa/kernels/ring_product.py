@@ -25,6 +25,8 @@ from medusa.kernels.tiles import RING_COLUMNS, RING_ROWS, RingTiles
 AHEAD = 2  # tiles of the matrix asked for before the kernel ahead has ended
 SHARED_BYTES = 227 * 1024  # that a program may have on Hopper
 _SOURCE = Path(__file__).with_suffix(".cu")
+_OPTIONS = [b"-arch=sm_90a", b"-std=c++17"]
+_TENSOR_MAP_BYTES = 128  # and they start at multiples of that
 _HALF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -76,13 +78,12 @@ def compiled(kernel: Kernel) -> bytes:
     from cuda.bindings import nvrtc
 
     version = _checked(nvrtc.nvrtcVersion())
-    cache = get_cache_manager(hashlib.sha256(f"{version} {kernel.source}".encode()).hexdigest())
+    cache = get_cache_manager(hashlib.sha256(f"{version} {_OPTIONS} {kernel.source}".encode()).hexdigest())
     found = cache.get_file("product.cubin")
     if found is not None:
         return Path(found).read_bytes()
     (program,) = _checked(nvrtc.nvrtcCreateProgram(kernel.source.encode(), _SOURCE.name.encode(), 0, [], []))
-    options = [b"-arch=sm_90a", b"-std=c++17"]
-    (outcome,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    (outcome,) = nvrtc.nvrtcCompileProgram(program, len(_OPTIONS), _OPTIONS)
     if outcome != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))[0]
         _checked(nvrtc.nvrtcGetProgramLog(program, log))
@@ -105,56 +106,98 @@ def ring_product(
     pdl: bool = False,
 ) -> torch.Tensor:
     """x [M, K] times weight [N, K] transposed: into out [M, N], or with splits partial sums [S, M, N] in float32.
-    `gated`: weight is gate above up [2N, K], and out silu(gate) * up."""
+    `gated`: weight is gate above up [2N, K], and out silu(gate) * up. A bias goes with a whole product only. ValueError
+    for tensors or tiles that the kernel does not take."""
+    halves = 2 if gated else 1
+    (num_rows, size), num_out = x.shape, weight.shape[0] // halves
+    kernel = Kernel(tiles, 1 if num_rows <= 64 else 2, halves, pdl, x.dtype)
+    _check(x, weight, out, kernel, bias)
+    row = weight.stride(0)
+    maps = [
+        _tensor_map(weight, [size, num_out, halves], [row, num_out * row], [RING_COLUMNS, tiles.rows_w, halves]),
+        _tensor_map(x, [size, num_rows], [x.stride(0)], [RING_COLUMNS, 64 * kernel.warpgroups]),
+    ]
+    others = [
+        ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
+        ctypes.c_int(num_rows), ctypes.c_int(num_out), ctypes.c_int(-(-size // RING_COLUMNS)),
+        ctypes.c_long(out.stride(-2)), ctypes.c_long(out.stride(0) if tiles.splits > 1 else 0),
+    ]  # fmt: skip
+    _launch(kernel, x.device.index, (-(-num_out // tiles.rows_w), tiles.splits), [*maps, *others])
+    return out
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, kernel: Kernel, bias: torch.Tensor | None) -> None:
+    tiles = kernel.tiles
     if len(x) > RING_ROWS or x.stride(0) % 8 or x.data_ptr() % 16:
         raise ValueError(
             f"rows of X must be at most {RING_ROWS} and start at multiples of 16 bytes; got {tuple(x.shape)} with"
             f" stride {x.stride(0)}: multiply by `matmul`"
         )
-    halves = 2 if gated else 1
-    (num_rows, size), num_out = x.shape, weight.shape[0] // halves
-    kernel = Kernel(tiles, 1 if num_rows <= 64 else 2, halves, pdl, x.dtype)
-    if kernel.shared_bytes > SHARED_BYTES:
+    if tiles.stages < 2 or kernel.shared_bytes > SHARED_BYTES or kernel.halves * tiles.rows_w % 8:
         raise ValueError(
-            f"{tiles.stages} tiles of {tiles.rows_w} rows of W take {kernel.shared_bytes} bytes of shared memory;"
-            f" a program has {SHARED_BYTES}: take fewer"
+            f"{tiles.stages} tiles of {kernel.halves * tiles.rows_w} rows of W take {kernel.shared_bytes} bytes of"
+            f" shared memory; a program has {SHARED_BYTES}, and takes at least 2 tiles of a multiple of 8 rows"
         )
-    row = weight.stride(0)
-    arguments = [
-        _tensor_map(weight, [size, num_out, halves], [row, num_out * row], [RING_COLUMNS, tiles.rows_w, halves]),
-        _tensor_map(x, [size, num_rows], [x.stride(0)], [RING_COLUMNS, 64 * kernel.warpgroups]),
-        ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
-        ctypes.c_int(num_rows), ctypes.c_int(num_out), ctypes.c_int(-(-size // RING_COLUMNS)),
-        ctypes.c_long(out.stride(-2)), ctypes.c_long(out.stride(0) if tiles.splits > 1 else 0),
-    ]  # fmt: skip
-    _launch(kernel, x.device.index, (-(-num_out // tiles.rows_w), tiles.splits), arguments)
-    return out
+    shares, biased = out.shape[0] if out.dim() == 3 else 1, bias is not None
+    if shares != tiles.splits or (biased and (tiles.splits > 1 or kernel.halves > 1)):
+        raise ValueError(
+            f"{tiles.splits} splits write [S, M, N] without bias, a gated product none either; got out"
+            f" {tuple(out.shape)}, bias {biased}"
+        )
+    wanted = [x.dtype, x.dtype, torch.float32 if tiles.splits > 1 else x.dtype, *[x.dtype] * biased]
+    dtypes = [x.dtype, weight.dtype, out.dtype, *([bias.dtype] if bias is not None else [])]
+    if x.dtype not in _HALF_TYPES or dtypes != wanted:
+        raise ValueError(f"X, W, out and bias must be {wanted}, of 16 bits a value; got {dtypes}")
 
 
-def _tensor_map(tensor: torch.Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
-    """How the hardware finds tiles: sizes and strides in elements, innermost first. What lies outside reads as zero."""
+@dataclass(frozen=True)
+class TensorMap:
+    """Where the hardware finds tiles. `buffer` keeps the memory of `address` alive."""
+
+    buffer: ctypes.Array[ctypes.c_char]
+
+    @property
+    def address(self) -> int:
+        start = ctypes.addressof(self.buffer)
+        return start + -start % _TENSOR_MAP_BYTES
+
+
+def _tensor_map(tensor: torch.Tensor, sizes: list[int], strides: list[int], box: list[int]) -> TensorMap:
+    """Sizes, strides and the box of a tile in elements, innermost first. What lies outside is read as zero."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
     is_bfloat = tensor.dtype == torch.bfloat16
-    (described,) = _checked(
-        driver.cuTensorMapEncodeTiled(
-            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bfloat else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            len(sizes), tensor.data_ptr(),
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride * tensor.element_size()) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+    found = TensorMap(ctypes.create_string_buffer(2 * _TENSOR_MAP_BYTES))
+    rank = len(sizes)
+    outcome = _encode_tiled()(
+        found.address,
+        int(kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bfloat else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
+        rank, tensor.data_ptr(),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*(stride * tensor.element_size() for stride in strides)),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
+        int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
+        int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
+        int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+        int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )  # fmt: skip
-    return described
+    _checked((outcome,))
+    return found
+
+
+@functools.cache
+def _encode_tiled() -> Any:
+    """The driver's own function: the bindings keep a map wherever Python puts it, and the driver wants it aligned."""
+    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    pointer, number = ctypes.c_void_p, ctypes.c_uint32
+    function.argtypes = [pointer, number, number, *[pointer] * 5, *[number] * 4]
+    function.restype = number
+    return function
 
 
 def _launch(kernel: Kernel, device: int, grid: tuple[int, int], arguments: list[Any]) -> None:
+    """`arguments` are tensor maps and ctypes' values; the driver copies them."""
     from cuda.bindings import driver
 
     config = driver.CUlaunchConfig()
@@ -167,7 +210,7 @@ def _launch(kernel: Kernel, device: int, grid: tuple[int, int], arguments: list[
         dependent.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         dependent.value.programmaticStreamSerializationAllowed = 1
         config.attrs, config.numAttrs = [dependent], 1
-    addresses = [a.getPtr() if hasattr(a, "getPtr") else ctypes.addressof(a) for a in arguments]
+    addresses = [a.address if isinstance(a, TensorMap) else ctypes.addressof(a) for a in arguments]
     pointers = (ctypes.c_void_p * len(addresses))(*addresses)
     _checked(driver.cuLaunchKernelEx(config, _loaded(kernel, device), ctypes.addressof(pointers), 0))
 
@@ -177,10 +220,11 @@ def _loaded(kernel: Kernel, device: int) -> Any:
     """The function on that GPU, in torch's context. Its module lives as long as the process."""
     from cuda.bindings import driver
 
-    (module,) = _checked(driver.cuModuleLoadData(compiled(kernel)))
-    (function,) = _checked(driver.cuModuleGetFunction(module, b"product"))
-    limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _checked(driver.cuFuncSetAttribute(function, limit, kernel.shared_bytes))
+    with torch.cuda.device(device):
+        (module,) = _checked(driver.cuModuleLoadData(compiled(kernel)))
+        (function,) = _checked(driver.cuModuleGetFunction(module, b"product"))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(function, limit, kernel.shared_bytes))
     return function
 
 

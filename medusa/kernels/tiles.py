@@ -8,7 +8,7 @@ Shapes as in matmul.py.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from medusa.kernels.launch import has_warpgroups
 from medusa.quantization import QuantizedWeight
 
 Weight = torch.Tensor | QuantizedWeight
+logger = logging.getLogger(__name__)
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
 LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
@@ -99,14 +100,14 @@ def plan_ring(
     num_rows: int, num_out: int, size: int, *, processors: int, may_split: bool = False, gated: bool = False
 ) -> RingTiles | None:
     """The same for a product by a ring: an even share of W for each multiprocessor. None for few rows, which Triton's
-    loops stream as fast, and where a share is too large for a program's registers, or so small that X is more."""
+    loops stream as fast, and where a share is too large for a program's registers, or less than half of X."""
     if not 32 < num_rows <= RING_ROWS or num_out % 8 or size % 8:
         return None
     halves = 2 if gated else 1
     rows_x = 64 if num_rows <= 64 else RING_ROWS
     splits = 1 if not may_split or size < 1024 else 2 if rows_x == 64 or size < 8192 else 4
     unit = 8 // halves
-    rows_w = -(-num_out * splits // processors // unit) * unit
+    rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
     most, fewest = 256 // halves, rows_x // (2 * halves)
     if not fewest <= rows_w <= most:
         return None
@@ -129,7 +130,7 @@ def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | RingTiles | None:
 
 
 def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, gated: bool = False) -> RingTiles | None:
-    if not has_ring(weight):
+    if num_rows > RING_ROWS or not _has_ring(weight):
         return None
     num_out, size = weight.shape
     return plan_ring(
@@ -138,21 +139,29 @@ def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, ga
     )  # fmt: skip
 
 
-def has_ring(weight: torch.Tensor) -> bool:
+def _has_ring(weight: torch.Tensor) -> bool:
     """Whether a ring can read the weight: on Hopper, 16 bits an element, whole rows at multiples of 16 bytes, and
-    NVIDIA's bindings there, which torch's builds for CUDA bring."""
+    NVIDIA's compiler and driver within reach, which torch's builds for CUDA bring."""
     return (
         has_warpgroups(weight.device)
         and weight.dtype in (torch.bfloat16, torch.float16)
         and weight.is_contiguous()
         and weight.data_ptr() % 16 == 0
-        and _has_bindings()
+        and has_compiler()
     )
 
 
 @functools.cache
-def _has_bindings() -> bool:
-    return importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+def has_compiler() -> bool:
+    """Whether NVIDIA's bindings and the compiler behind them are installed; says once where they are not."""
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError) as error:  # RuntimeError: the bindings find no library
+        logger.warning("steps of large trees are slower here: no NVRTC (%s); install the extra `gpu`", error)
+        return False
+    return True
 
 
 @functools.cache

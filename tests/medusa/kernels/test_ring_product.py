@@ -3,7 +3,7 @@ what they compute, against torch and against Triton's products."""
 
 from __future__ import annotations
 
-import importlib.util
+import ctypes
 import itertools
 import subprocess
 from dataclasses import replace
@@ -17,14 +17,25 @@ pytest.importorskip("triton")
 import triton
 
 from medusa.kernels import ring_product as module
+from medusa.kernels import tiles as tiles_module
 from medusa.kernels.launch import has_warpgroups
 from medusa.kernels.matmul import gated, matmul, product
 from medusa.kernels.ring_product import SHARED_BYTES, Kernel, compiled, ring_product
-from medusa.kernels.tiles import RING_ROWS, RingTiles, Tiles, plan_gated, plan_gated_of, plan_of, plan_ring
+from medusa.kernels.tiles import (
+    RING_ROWS,
+    RingTiles,
+    Tiles,
+    has_compiler,
+    plan_gated,
+    plan_gated_of,
+    plan_of,
+    plan_product,
+    plan_ring,
+)
 from tests.medusa.kernels.aot import MODELS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-needs_compiler = pytest.mark.skipif(importlib.util.find_spec("cuda") is None, reason="NVIDIA's bindings are missing")
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="NVIDIA's bindings or compiler are missing")
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_warpgroups(torch.device("cuda")), reason="needs a Hopper GPU"
 )
@@ -64,25 +75,153 @@ def test_other_products_are_left_to_the_other_kernels():
     assert plan_ring(64, 128256, 4096, processors=132) is None  # no program has registers for 976 columns
     assert plan_ring(128, 6144, 4096, processors=132) is None  # 128 rows of X for 48 of W
     assert plan_ring(64, 6144, 4096, processors=132) == RingTiles(48, 1, 13)
+    assert plan_ring(64, 4096, 1016, processors=132, may_split=True).splits == 1
+    assert plan_ring(64, 4096, 1024, processors=132, may_split=True).splits == 2
+    assert plan_ring(128, 4096, 8192, processors=132, may_split=True).splits == 4
+    assert plan_ring(128, 4096, 8184, processors=132, may_split=True).splits == 2
+
+
+@pytest.mark.parametrize("processors", [78, 114, 132])
+def test_no_plan_has_more_programs_than_the_gpu_has_multiprocessors(processors):
+    found = 0
+    for rows, num_out, size, how in itertools.product(
+        (64, 128), range(1024, 16384, 512), (4096, 11008), ({}, {"may_split": True}, {"gated": True})
+    ):
+        if (plan := plan_ring(rows, num_out, size, processors=processors, **how)) is not None:
+            found += 1
+            assert -(-num_out // plan.rows_w) * plan.splits <= processors, (rows, num_out, size, how)
+            assert plan.stages >= 3
+    assert found > 200
 
 
 def test_a_cpu_has_no_ring():
     weight = torch.zeros(12288, 64, dtype=torch.bfloat16)
-    assert isinstance(plan_of(64, weight, may_split=False), Tiles)
+    assert plan_of(64, weight, may_split=False) == plan_product(64, 12288, 64, may_split=False)
     assert plan_gated_of(64, weight) == plan_gated(64)
 
 
-@pytest.mark.parametrize("shape", [(64, 2), (RING_ROWS + 1, 64)])
-def test_rows_that_the_hardware_cannot_copy_are_refused(shape):
-    x = torch.zeros(shape, dtype=torch.bfloat16)[:, : shape[1]]
-    with pytest.raises(ValueError, match=r"at most 128 .*16 bytes.*got \(\d+, \d+\) with stride"):
-        ring_product(x, torch.zeros(64, shape[1], dtype=torch.bfloat16), torch.zeros(len(x), 64), RingTiles(64, 1, 4))
+@pytest.fixture
+def hopper(monkeypatch):
+    """Plans as on Hopper, with what the driver would be asked to launch."""
+    launched = []
+    monkeypatch.setattr(tiles_module, "has_warpgroups", lambda _: True)
+    monkeypatch.setattr(tiles_module, "has_compiler", lambda: True)
+    monkeypatch.setattr(tiles_module, "_processors", lambda _: 132)
+    monkeypatch.setattr(module, "_tensor_map", lambda *described: described)
+    monkeypatch.setattr(module, "_launch", lambda *launch: launched.append(launch))
+    return launched
 
 
-def test_tiles_that_do_not_fit_are_refused():
-    x, weight = torch.zeros(128, 64, dtype=torch.bfloat16), torch.zeros(96, 64, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"9 tiles .* take 258192 bytes of shared memory; a program has 232448"):
-        ring_product(x, weight, torch.zeros(128, 96), RingTiles(96, 1, 9))
+def half(*shape):
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def launch_of(hopper):
+    (kernel, _, grid, (weight_map, x_map, *rest)) = hopper.pop()
+    return kernel, grid, weight_map[1:], x_map[1:], [argument.value for argument in rest]
+
+
+def test_products_of_many_rows_are_launched_as_rings(hopper):
+    x, weight, bias = half(100, 4160)[:, :4096], half(6144, 4096), half(6144)
+    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(96, 1, 6)
+    out = half(40, 6152)[:, :6144]
+    product(x[:40], weight, out, bias, pdl=True)
+    kernel, grid, of_weight, of_x, rest = launch_of(hopper)
+    assert kernel == Kernel(RingTiles(48, 1, 13), 1, 1, True, torch.bfloat16) and grid == (128, 1)
+    assert of_weight == ([4096, 6144, 1], [4096, 6144 * 4096], [64, 48, 1]) and of_x == ([4096, 40], [4160], [64, 64])
+    assert rest == [out.data_ptr(), bias.data_ptr(), 40, 6144, 64, 6152, 0]
+    partial = torch.zeros(4, 100, 4096)
+    product(half(100, 11008), half(4096, 11008), partial)
+    kernel, grid, of_weight, of_x, rest = launch_of(hopper)
+    assert kernel == Kernel(RingTiles(128, 4, 5), 2, 1, False, torch.bfloat16) and grid == (32, 4)
+    assert of_x == ([11008, 100], [11008], [64, 128])
+    assert rest == [partial.data_ptr(), None, 100, 4096, 172, 4096, 100 * 4096]
+
+
+def test_gated_products_of_many_rows_are_launched_as_rings(hopper):
+    x, weight, out = half(64, 4096), half(22016, 4096), half(64, 11008)
+    plan = plan_gated_of(64, weight)
+    assert plan == RingTiles(84, 1, 6)
+    gated(x, weight, out, plan, pdl=True)
+    kernel, grid, of_weight, _, rest = launch_of(hopper)
+    assert (kernel.halves, grid) == (2, (132, 1))
+    assert of_weight == ([4096, 11008, 2], [4096, 11008 * 4096], [64, 84, 2])
+    assert rest[2:] == [64, 11008, 64, 11008, 0]
+
+
+def test_weights_that_the_hardware_cannot_copy_have_no_ring(hopper):
+    whole = half(12288, 4096)
+    assert isinstance(plan_of(64, whole, may_split=False), RingTiles)
+    odd = torch.zeros(12288 * 4096 + 1, dtype=torch.bfloat16)[1:].view(12288, 4096)
+    for weight in (whole.float(), half(12288, 4104)[:, :4096], odd):
+        assert isinstance(plan_of(64, weight, may_split=False), Tiles)
+
+
+@pytest.mark.parametrize("missing", [ImportError("no module named cuda"), RuntimeError("libnvrtc.so.13 not found")])
+def test_without_a_compiler_there_is_no_ring_and_a_word_of_it(missing, monkeypatch, caplog):
+    monkeypatch.setattr(tiles_module, "has_warpgroups", lambda _: True)
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+
+    def version():
+        raise missing
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", version)
+    has_compiler.cache_clear()
+    try:
+        for _ in range(2):
+            assert isinstance(plan_of(64, half(12288, 4096), may_split=False), Tiles)
+    finally:
+        has_compiler.cache_clear()
+    assert [str(missing) in record.message and "extra `gpu`" in record.message for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": half(129, 64)}, r"at most 128 .*16 bytes.*got \(129, 64\) with stride 64"),
+        ({"x": half(64, 66)[:, :64]}, r"got \(64, 64\) with stride 66"),
+        ({"x": half(128, 64), "out": half(128, 96), "tiles": RingTiles(96, 1, 9)}, r"take 258192 bytes .* has 232448"),
+        ({"tiles": RingTiles(96, 1, 1)}, r"1 tiles of 96 rows .* at least 2"),
+        ({"tiles": RingTiles(92, 1, 4)}, "multiple of 8 rows"),
+        ({"tiles": RingTiles(96, 2, 4)}, r"2 splits write .* got out \(64, 96\)"),
+        ({"out": torch.zeros(2, 64, 96), "tiles": RingTiles(96, 2, 4), "bias": half(96)}, "without bias"),
+        ({"gated": True, "tiles": RingTiles(48, 1, 4), "bias": half(48)}, "a gated product none either"),
+        ({"out": torch.zeros(64, 96)}, r"of 16 bits a value; got .*bfloat16, torch.float32\]"),
+        ({"weight": half(96, 64).to(torch.float16)}, "got .*float16"),
+        ({"bias": torch.zeros(96)}, "bias must be .* got .*float32"),
+        ({"x": torch.zeros(64, 64), "weight": torch.zeros(96, 64), "out": torch.zeros(64, 96)}, "of 16 bits a value"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused(change, message, hopper):
+    given = {"x": half(64, 64), "weight": half(96, 64), "out": half(64, 96), "tiles": RingTiles(96, 1, 4)}
+    ring_product(**given)
+    with pytest.raises(ValueError, match=message):
+        ring_product(**(given | change))
+    assert len(hopper) == 1
+
+
+@needs_compiler
+def test_tensor_maps_are_aligned_and_describe_bytes(monkeypatch):
+    """The driver's own function takes the place of which one that writes down what it is given."""
+    seen = []
+
+    def encode(address, kind, rank, tensor, sizes, strides, box, steps, *modes):
+        seen.append((address, kind, tensor, sizes[:rank], strides[: rank - 1], box[:rank], steps[:rank], modes))
+        return 1 if tensor == 0 else 0
+
+    monkeypatch.setattr(module, "_encode_tiled", lambda: encode)
+    x = half(40, 4160)
+    maps = [module._tensor_map(x, [4096, 40], [4160], [64, 64]) for _ in range(8)]
+    assert {found.address % 128 for found in maps} == {0} and len({found.address for found in maps}) == 8
+    for found in maps:
+        start = ctypes.addressof(found.buffer)
+        assert start <= found.address <= start + len(found.buffer) - 128
+    address, kind, tensor, sizes, strides, box, steps, modes = seen[0]
+    assert (address, tensor, kind, modes) == (maps[0].address, x.data_ptr(), 9, (0, 3, 3, 0))
+    assert (sizes, strides, box, steps) == ([4096, 40], [8320], [64, 64], [1, 1])
+    with pytest.raises(RuntimeError, match="CUDA refused: 1"):
+        module._tensor_map(torch.zeros(0, 8, dtype=torch.float16), [8, 1], [8], [64, 64])
+    assert seen[-1][1] == 6  # float16
 
 
 @pytest.fixture
@@ -102,8 +241,13 @@ def test_every_plan_compiles_for_hopper_fits_and_does_not_spill(cache):
         assert kernel.shared_bytes > SHARED_BYTES // 2, kernel  # one program a multiprocessor
         code = cache / "product.cubin"
         code.write_bytes(compiled(kernel))
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", code], capture_output=True, text=True, check=True).stdout
+        usage, assembly = (
+            subprocess.run([CUOBJDUMP, how, code], capture_output=True, text=True, check=True).stdout
+            for how in ("-res-usage", "-sass")
+        )
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, (kernel, usage)
+        products, waits = assembly.count(" HGMMA."), assembly.count("WARPGROUP.DEPBAR")
+        assert products >= 4 and waits <= products // 2, (kernel, products, waits)  # not one after the other
 
 
 @needs_compiler
@@ -183,7 +327,9 @@ def test_a_gated_product_is_that_of_torch_and_of_triton(rows, channels, rows_w):
 def test_a_graph_of_ring_products_replays():
     x, weight = matrices(64, 4096, 4096, torch.bfloat16)
     tiles = plan_of(64, weight, may_split=True)
-    assert isinstance(tiles, RingTiles)
+    assert isinstance(tiles, RingTiles) and isinstance(
+        plan_gated_of(64, matrices(1, 22016, 4096, x.dtype)[1]), RingTiles
+    )
     partial = torch.zeros(tiles.splits, 64, 4096, device="cuda")
     product(x, weight, partial, pdl=True)
     graph = torch.cuda.CUDAGraph()
@@ -194,6 +340,19 @@ def test_a_graph_of_ring_products_replays():
     partial.zero_()
     graph.replay()
     torch.testing.assert_close(partial.sum(0), x.float() @ weight.float().T, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_a_product_waits_for_the_one_that_writes_its_rows():
+    x, weight = matrices(64, 4096, 4096, torch.bfloat16)
+    expected = (x.float() @ weight.float().T).to(x.dtype).float() @ weight.float().T
+    between, out = (torch.empty(64, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(20):
+        between.zero_()
+        ring_product(x, weight, between, RingTiles(64, 1, 6), pdl=True)
+        ring_product(between, weight, out, RingTiles(64, 1, 6), pdl=True)
+        torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.gpu

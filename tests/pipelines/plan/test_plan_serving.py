@@ -124,11 +124,11 @@ def heads_cost(kind, **shape):
 @pytest.mark.parametrize(
     ("kind", "shape", "batch", "nodes", "ratio"),
     [
-        ("hydra", {"vocabulary": "shared"}, 16, 8, 1.262),
-        ("hydra", {"vocabulary": "shared"}, 1, 64, 1.316),
+        ("hydra", {"vocabulary": "shared"}, 16, 8, 1.205),
+        ("hydra", {"vocabulary": "shared"}, 1, 64, 1.254),
         ("hydra", {"num_layers": 4}, 1, 64, 1.349),
-        ("medusa", {}, 1, 64, 1.242),
-        ("medusa", {"vocabulary": "shared"}, 1, 64, 1.194),
+        ("medusa", {}, 1, 64, 1.205),
+        ("medusa", {"vocabulary": "shared"}, 1, 64, 1.155),
     ],
 )
 def test_steps_with_trees_take_as_many_plain_ones_as_was_measured(kind, shape, batch, nodes, ratio):
@@ -142,7 +142,7 @@ def test_steps_with_trees_take_as_many_plain_ones_as_was_measured(kind, shape, b
 def test_ratios_speak_for_other_shapes_and_not_for_other_gpus():
     machine = Machine(VICUNA, FIGURES.models[VICUNA], "h200-141gb", FIGURES)
     hydra, medusa = heads_cost("hydra"), heads_cost("medusa")
-    for nodes in (8, 16, 32, 64):
+    for nodes in (8, 16, 64):  # where both kinds were timed
         plain, slow, fast = (
             decode_step(machine, 1, n, 400, c).value for n, c in ((1, None), (nodes, hydra), (nodes, medusa))
         )
