@@ -5,7 +5,7 @@
 #   EXTRAS=dev,gpu                 the optional sets of pyproject.toml to install
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu    another index to take the build of torch from
 #   ARGS="..."                     more arguments for pytest, `medusa demo` or `medusa serve`
-#   TEST_PROCESSES=2               how many processes `make test` runs the tests in; 0: one, in which --pdb works
+#   TEST_PROCESSES=2               how many processes the tests run in; 0: one, in which --pdb works
 #   REQUIRE_SERVICES=1             a test whose service (PostgreSQL, Redis, kubectl, moto) is missing fails, not skips
 
 SHELL := bash
@@ -71,7 +71,8 @@ test: lint types ## lint, types and the fast tests
 	$(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_PROCESSES) --no-loadscope-reorder $(ARGS)
 
 test-all: lint types tools ## lint, types and every test that needs no GPU
-	PATH="$$PATH:$(CURDIR)/$(TOOLS)/bin" $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	PATH="$$PATH:$(CURDIR)/$(TOOLS)/bin" $(BIN)/python -m pytest -m "not gpu" -n $(TEST_PROCESSES) \
+	  --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check
