@@ -25,7 +25,7 @@ static_assert(TILE_ROWS % 8 == 0, "eight rows are a unit of the swizzled layout"
 constexpr u64 READ_ONCE = 0x12F0000000000000;   // policy of L2: evict first
 constexpr u64 READ_OFTEN = 0x14F0000000000000;  // evict last
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
     char bytes[128];
 };
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the A100 (sm_80) and Hopper (sm_90) without a GPU, fits and does not spill; see aot.py.
+"""Every Triton kernel compiles for the A100 (sm_80) and Hopper (sm_90) without a GPU, fits, does not spill; see aot.py.
 
 The fast set compiles the largest configurations of each kernel, the slow set all of them.
 """
