@@ -7,6 +7,7 @@ import torch
 from medusa.engine.decoder import Decoder, FusedDecoder, ModuleDecoder, StepNodes, can_fuse
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.launch import has_warpgroups
+from medusa.kernels.ring_attention import has_ring
 from medusa.kernels.state import Drafts
 from medusa.model import Backbone
 
@@ -21,7 +22,7 @@ class Layers:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         )
-        self._warpgroups = has_warpgroups(device)
+        self._warpgroups, self._ring = has_warpgroups(device), has_ring(pages)
         scratch = Scratch.of(heads=heads, size=self._head_size, processors=self._processors, device=device)
         self.decoder: Decoder = (
             FusedDecoder(backbone, pages, scratch, max_positions)
@@ -41,5 +42,6 @@ class Layers:
             head_size=self._head_size,
             processors=self._processors,
             warpgroups=self._warpgroups,
+            ring=self._ring,
         )
         return self.decoder(StepNodes(drafts.tokens_M, drafts.position_M, drafts.row_M, drafts.node_M, visible, plan))

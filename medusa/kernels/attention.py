@@ -17,6 +17,7 @@ from medusa.kernels.attention_kernel import attend_tiles
 from medusa.kernels.attention_merge import merge_splits
 from medusa.kernels.attention_plan import MAX_ROWS, AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import options
+from medusa.kernels.ring_attention import ring_attention
 
 
 def registers(plan: AttentionPlan) -> dict[str, int]:
@@ -59,21 +60,24 @@ def attend(
         raise ValueError(f"{plan} over {num_nodes} nodes needs more scratch than {tuple(scratch.part.shape)}")
     if page_size % plan.columns:
         raise ValueError(f"pages of {page_size} tokens do not hold whole tiles of {plan.columns}")
-    keys, values = cache_layer[0], cache_layer[1]
-    num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
-    angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
-    attend_tiles[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
-        query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
-        visible.bits_RNW, visible.depth_RN, *angles, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling,
-        softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1), out_MHD.stride(0), out_MHD.stride(1),
-        keys.stride(0), keys.stride(1), keys.stride(2), visible.tables_RP.stride(0),
-        0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits, tiles, H=heads, GROUP=group,
-        D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, WHOLE=plan.splits == 1,
-        MERGED=plan.splits if plan.merges else 0, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns,
-        TEAMS=plan.teams, CHAIN=chain, FRESH=rotation is not None, WINDOW=window is not None,
-        SOFTCAP=softcap is not None, PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
-        num_warps=plan.warps, num_stages=plan.stages_of(size, keys.element_size()), **registers(plan), **options(pdl),
-    )  # fmt: skip
+    if plan.ring and rotation is not None and window is None and softcap is None:
+        ring_attention(query_MHD, cache_layer, visible, plan, out_MHD, scratch, scaling, rotation, pdl=pdl)
+    else:
+        keys, values = cache_layer[0], cache_layer[1]
+        num_kept, words = (1, 1) if visible.bits_RNW is None else visible.bits_RNW.shape[1:]
+        angles = (None, None, None) if rotation is None else (rotation.position_M, rotation.cos_TD, rotation.sin_TD)
+        attend_tiles[(visible.rows_B.shape[0] * tiles, groups, plan.splits)](
+            query_MHD, keys, values, visible.rows_B, visible.start_B, visible.count_B, visible.length_R, visible.tables_RP,
+            visible.bits_RNW, visible.depth_RN, *angles, out_MHD, scratch.part, scratch.lse, scratch.arrived, scaling,
+            softcap or 1.0, window or 0, query_MHD.stride(0), query_MHD.stride(1), out_MHD.stride(0), out_MHD.stride(1),
+            keys.stride(0), keys.stride(1), keys.stride(2), visible.tables_RP.stride(0),
+            0 if rotation is None else rotation.cos_TD.stride(0), num_nodes, plan.splits, tiles, H=heads, GROUP=group,
+            D=size, BD=triton.next_power_of_2(size), N=num_kept, W=words, PAGE=page_size, WHOLE=plan.splits == 1,
+            MERGED=plan.splits if plan.merges else 0, BM=plan.rows, BN=plan.columns, BT=plan.tree_columns,
+            TEAMS=plan.teams, CHAIN=chain, FRESH=rotation is not None, WINDOW=window is not None,
+            SOFTCAP=softcap is not None, PRECISION="ieee" if query_MHD.dtype == torch.float32 else "tf32", PDL=pdl,
+            num_warps=plan.warps, num_stages=plan.stages_of(size, keys.element_size()), **registers(plan), **options(pdl),
+        )  # fmt: skip
     if plan.splits > 1 and not plan.merges:
         merge_splits(scratch, plan.splits, out_MHD, pdl=pdl)
     return out_MHD

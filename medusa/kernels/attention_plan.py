@@ -22,7 +22,8 @@ class AttentionPlan:
     """How a step's attention is cut: splits of a sequence (a tree's last one takes the step's own nodes alone), query
     rows and cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps,
     teams of one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values
-    under way, and the most splits that are merged without a launch of their own."""
+    under way, the most splits that are merged without a launch of their own, and the warpgroups of a program where Hopper's own
+    kernel takes it (ring_attention.py; 0: Triton's), whose other numbers but the splits are fixed."""
 
     splits: int
     rows: int
@@ -33,6 +34,7 @@ class AttentionPlan:
     teams: int = 1
     ahead: int = 1
     merged_in_place: int = IN_PLACE
+    ring: int = 0
 
     def __post_init__(self) -> None:
         if self.teams not in (1, 2, 4) or (
@@ -68,10 +70,12 @@ class AttentionPlan:
         head_size: int,
         processors: int,
         warpgroups: bool,
+        ring: bool = False,
     ) -> AttentionPlan:
         """A plan for trees or for chains. Those for trees were the fastest of what was tried in graphs of a 7B decoder
         on a Hopper GPU, at the shapes of docs/performance.md; heads of more than 128 were not timed. `warpgroups`:
-        whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do.
+        whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do. `ring`: whether its own kernel
+        can read the pages.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
         plan spills registers with heads of up to 256 in 16 bits, on an A100 either.
@@ -84,6 +88,8 @@ class AttentionPlan:
             return cls._of_large_heads(programs, rows, max_nodes, processors)
         if chain:
             return cls._of_chains(programs, rows, max_nodes, processors)
+        if ring and rows == MAX_ROWS and max_nodes <= 64 and programs <= processors:
+            return cls(min(FEW_SPLITS, processors // programs), rows, 64, max_nodes, merged_in_place=1, ring=3)
         cut = cls._of_small_tiles if rows == 16 else cls._of_large_tiles
         return cut(programs, max_nodes, processors)
 

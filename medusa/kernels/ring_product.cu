@@ -1,9 +1,9 @@
-// A product of up to 128 rows with a large frozen matrix on Hopper: one warp loads, the others multiply.
+// A product of up to 128 rows with a large frozen matrix on Hopper: two warps load, the others multiply.
 //
-// The loader keeps a ring of STAGES tiles of the matrix and of X filled by the hardware's tensor copies (TMA), AHEAD tiles
-// of the matrix before the kernel ahead has ended: no kernel writes it. No more, for what is asked for then delays that
-// kernel's own reads. The others multiply straight from the ring, 64 rows of X a warpgroup, and keep float32 sums in
-// registers.
+// Two warps keep a ring of STAGES tiles filled by the hardware's tensor copies (TMA), one of the matrix and one of X. The
+// matrix no kernel writes: its tiles are asked for before the kernel ahead has ended, but AHEAD at a time until then, for
+// what is under way delays that kernel's own reads. The others multiply straight from the ring, 64 rows of X a warpgroup,
+// and keep float32 sums in registers.
 //
 // out[m, n] = X[m, :] . W[n, :] (+ bias), or with HALVES = 2, where W is gate above up, silu(gate) * up; or with
 // SPLITS > 1 float32 sums of a share of the columns.
@@ -11,91 +11,70 @@
 // The launcher defines WARPGROUPS, FEATURES (rows of W that a program takes, of each half), HALVES, SPLITS, STAGES, AHEAD,
 // PDL, HALF_TYPE, IS_BFLOAT, OUT_TYPE and `multiply`, the tensor cores' instruction for 64 rows of X and all rows of a tile.
 
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
 constexpr int COLUMNS = 64;  // of a tile: 128 bytes, a row of the swizzled layout
-constexpr int ROW_BYTES = 128;
 constexpr int TILE_ROWS = HALVES * FEATURES;
 constexpr u32 X_BYTES = 64 * WARPGROUPS * ROW_BYTES;
-constexpr u32 STAGE_BYTES = X_BYTES + TILE_ROWS * ROW_BYTES;
-static_assert(STAGES >= 2 && AHEAD <= STAGES, "a tile is free once the next has been multiplied");
+constexpr u32 W_BYTES = TILE_ROWS * ROW_BYTES;
+constexpr u32 STAGE_BYTES = X_BYTES + W_BYTES;
+static_assert(STAGES >= 2, "a tile is free once the next has been multiplied");
+static_assert(AHEAD >= 1, "a tile that has arrived lets another be asked for");
 static_assert(TILE_ROWS % 8 == 0, "eight rows are a unit of the swizzled layout");
 constexpr u64 READ_ONCE = 0x12F0000000000000;   // policy of L2: evict first
 constexpr u64 READ_OFTEN = 0x14F0000000000000;  // evict last
 
-struct alignas(128) TensorMap {
-    char bytes[128];
-};
-
-__device__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
-
-__device__ void barrier_init(u32 barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-__device__ void barrier_expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ void barrier_arrive(u32 barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ void barrier_wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}\n" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-
-// Where the tensor cores find a tile: rows of 128 bytes, swizzled, eight rows apart 1,024 bytes.
-__device__ u64 operand(u32 address) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | address >> 4; }
-
 struct Ring {
-    u32 tiles, full, empty;  // addresses: STAGES times X and W; a barrier of each kind a stage
+    u32 tiles, barriers;  // addresses: STAGES times X and W; three barriers a stage, and one more
 
     __device__ u32 x(int stage) const { return tiles + stage * STAGE_BYTES; }
     __device__ u32 w(int stage) const { return x(stage) + X_BYTES; }
-    __device__ u32 filled(int stage) const { return full + stage * 8; }
-    __device__ u32 freed(int stage) const { return empty + stage * 8; }
+    __device__ u32 filled_x(int stage) const { return barriers + stage * 24; }
+    __device__ u32 filled_w(int stage) const { return barriers + stage * 24 + 8; }
+    __device__ u32 freed(int stage) const { return barriers + stage * 24 + 16; }
+    __device__ u32 released() const { return barriers + STAGES * 24; }  // the kernel ahead has ended
 };
 
-__device__ void ask_weight(const Ring& ring, const TensorMap* map, int stage, int tile, int feature) {
-    barrier_expect(ring.filled(stage), STAGE_BYTES);
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(ring.w(stage)),
-        "l"(map), "r"(ring.filled(stage)), "r"(tile * COLUMNS), "r"(feature), "r"(0), "l"(READ_ONCE)
-        : "memory");
+__device__ void await_place(const Ring& ring, int i) {
+    if (i >= STAGES) barrier_wait(ring.freed(i % STAGES), (i / STAGES - 1) & 1);
 }
 
-__device__ void ask_rows(const Ring& ring, const TensorMap* map, int stage, int tile) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-        " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(ring.x(stage)),
-        "l"(map), "r"(ring.filled(stage)), "r"(tile * COLUMNS), "r"(0), "l"(READ_OFTEN)
-        : "memory");
+// Waits until tile i of the matrix has arrived or the kernel ahead has ended, and says whether that has.
+__device__ bool await_arrival(const Ring& ring, int i) {
+    while (!barrier_passed(ring.released(), 0))
+        if (barrier_passed(ring.filled_w(i), 0)) return false;
+    return true;
 }
 
-__device__ void load(const Ring& ring, const TensorMap* w, const TensorMap* x, int first, int num_tiles, int feature) {
-    const int ahead = min(AHEAD, num_tiles);
-    for (int i = 0; i < ahead; ++i) ask_weight(ring, w, i, first + i, feature);
+__device__ void load_weight(const Ring& ring, const TensorMap* map, int first, int num_tiles, int feature) {
+    bool released = !PDL;
+    for (int i = 0; i < num_tiles; ++i) {
+        const int stage = i % STAGES;
+        await_place(ring, i);
+        if (AHEAD <= i && i < STAGES && !released) released = await_arrival(ring, i - AHEAD);
+        barrier_expect(ring.filled_w(stage), W_BYTES);
+        asm volatile(
+            "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(ring.w(stage)),
+            "l"(map), "r"(ring.filled_w(stage)), "r"((first + i) * COLUMNS), "r"(feature), "r"(0), "l"(READ_ONCE)
+            : "memory");
+    }
+}
+
+__device__ void load_rows(const Ring& ring, const TensorMap* map, int first, int num_tiles) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #if PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
+    barrier_arrive(ring.released());
 #endif
     for (int i = 0; i < num_tiles; ++i) {
         const int stage = i % STAGES;
-        if (i >= STAGES) barrier_wait(ring.freed(stage), (i / STAGES - 1) & 1);
-        if (i >= ahead) ask_weight(ring, w, stage, first + i, feature);
-        ask_rows(ring, x, stage, first + i);
+        await_place(ring, i);
+        barrier_expect(ring.filled_x(stage), X_BYTES);
+        asm volatile(
+            "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+            " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(ring.x(stage)),
+            "l"(map), "r"(ring.filled_x(stage)), "r"((first + i) * COLUMNS), "r"(0), "l"(READ_OFTEN)
+            : "memory");
     }
 }
 
@@ -111,7 +90,8 @@ __device__ void sum_tiles(const Ring& ring, int num_tiles, float (&sums)[TILE_RO
     keep_order(sums);
     for (int i = 0; i < num_tiles; ++i) {
         const int stage = i % STAGES;
-        barrier_wait(ring.filled(stage), (i / STAGES) & 1);
+        barrier_wait(ring.filled_w(stage), (i / STAGES) & 1);
+        barrier_wait(ring.filled_x(stage), (i / STAGES) & 1);
         const u64 x = operand(ring.x(stage) + group * 64 * ROW_BYTES), w = operand(ring.w(stage));
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -129,19 +109,7 @@ __device__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ void store_pair(float* to, float a, float b) { *reinterpret_cast<float2*>(to) = make_float2(a, b); }
 
 __device__ void store_pair(u16* to, float a, float b) {
-    u32 pair;
-    asm("cvt.rn." HALF_TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(b), "f"(a));
-    *reinterpret_cast<u32*>(to) = pair;
-}
-
-__device__ float widened(u16 value) {
-#if IS_BFLOAT
-    return __uint_as_float((u32)value << 16);
-#else
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
-    return wide;
-#endif
+    *reinterpret_cast<u32*>(to) = packed(a, b);
 }
 
 // A thread has two neighbouring columns of eight, of two rows: sums[j * 4 + row * 2 + column]. The up of a gate lies FEATURES
@@ -170,25 +138,28 @@ __device__ void store(const float (&sums)[TILE_ROWS / 2], OUT_TYPE* out, const u
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 32, 1)
-    product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, OUT_TYPE* out, const u16* bias, int m,
+extern "C" __global__ void __launch_bounds__(WARPGROUPS * 128 + 64, 1)
+    ring_product(const __grid_constant__ TensorMap w, const __grid_constant__ TensorMap x, OUT_TYPE* out, const u16* bias, int m,
             int n, int num_tiles, long stride, long split_stride) {
     extern __shared__ __align__(1024) char tiles[];
     const u32 base = shared_address(tiles);
     if (base % 1024) __trap();
-    const Ring ring{base, base + STAGES * STAGE_BYTES, base + STAGES * (STAGE_BYTES + 8)};
+    const Ring ring{base, base + STAGES * STAGE_BYTES};
     const int first = num_tiles * blockIdx.y / SPLITS, last = num_tiles * (blockIdx.y + 1) / SPLITS;
     const int feature = blockIdx.x * FEATURES;
     if (threadIdx.x == WARPGROUPS * 128) {
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(ring.filled(stage), 1);
+            barrier_init(ring.filled_x(stage), 1);
+            barrier_init(ring.filled_w(stage), 1);
             barrier_init(ring.freed(stage), WARPGROUPS * 4);  // each warp
         }
+        barrier_init(ring.released(), 1);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     __syncthreads();
     if (threadIdx.x >= WARPGROUPS * 128) {
-        if (threadIdx.x % 32 == 0) load(ring, &w, &x, first, last - first, feature);
+        if (threadIdx.x == WARPGROUPS * 128) load_weight(ring, &w, first, last - first, feature);
+        if (threadIdx.x == WARPGROUPS * 128 + 32) load_rows(ring, &x, first, last - first);
     } else {
         float sums[TILE_ROWS / 2] = {};
         sum_tiles(ring, last - first, sums);

@@ -8,24 +8,22 @@ Shapes as in matmul.py.
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import dataclass
 
 import torch
 
+from medusa.kernels.hopper import ROW_COLUMNS, has_compiler
 from medusa.kernels.launch import has_warpgroups
 from medusa.quantization import QuantizedWeight
 
 Weight = torch.Tensor | QuantizedWeight
-logger = logging.getLogger(__name__)
 
 LIBRARY_ROWS = 128  # rows from which the library's products are at least as fast as these
 LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 RING_ROWS = 128  # of X, at most
-RING_COLUMNS = 64  # of a tile of a ring: the 128 bytes of a swizzled row
-RING_BYTES = 190 * 1024  # of shared memory: more than half of it, so that each multiprocessor has one program
+RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def plan_ring(
     most, fewest = 256 // halves, rows_x // (2 * halves)
     if not fewest <= rows_w <= most:
         return None
-    return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * RING_COLUMNS * 2))
+    return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2))
 
 
 def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | RingTiles | None:
@@ -149,19 +147,6 @@ def _has_ring(weight: torch.Tensor) -> bool:
         and weight.data_ptr() % 16 == 0
         and has_compiler()
     )
-
-
-@functools.cache
-def has_compiler() -> bool:
-    """Whether NVIDIA's bindings and the compiler behind them are installed; says once where they are not."""
-    try:
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
-    except (ImportError, RuntimeError) as error:  # RuntimeError: the bindings find no library
-        logger.warning("steps of large trees are slower here: no NVRTC (%s); install the extra `gpu`", error)
-        return False
-    return True
 
 
 @functools.cache

@@ -18,9 +18,10 @@ import triton
 
 from medusa.kernels import ring_product as module
 from medusa.kernels import tiles as tiles_module
+from medusa.kernels.hopper import SHARED_BYTES, compiled
 from medusa.kernels.launch import has_warpgroups
 from medusa.kernels.matmul import gated, matmul, product
-from medusa.kernels.ring_product import SHARED_BYTES, Kernel, compiled, ring_product
+from medusa.kernels.ring_product import ProductKernel, ring_product
 from medusa.kernels.tiles import (
     RING_ROWS,
     RingTiles,
@@ -41,7 +42,7 @@ on_hopper = pytest.mark.skipif(
 )
 
 
-def kernels(rows=(64, RING_ROWS)) -> set[Kernel]:
+def kernels(rows=(64, RING_ROWS)) -> set[ProductKernel]:
     """What the models of aot.py need."""
     found = set()
     for model, num_rows in itertools.product(MODELS, rows):
@@ -53,17 +54,17 @@ def kernels(rows=(64, RING_ROWS)) -> set[Kernel]:
         for num_out, size, how in cuts:
             tiles = plan_ring(num_rows, num_out, size, processors=132, **how)
             if tiles is not None:
-                found.add(Kernel(tiles, num_rows // 64, 2 if "gated" in how else 1, True, torch.bfloat16))
+                found.add(ProductKernel(tiles, num_rows // 64, 2 if "gated" in how else 1, True, torch.bfloat16))
     return found
 
 
 def test_a_7b_models_products_are_spread_evenly():
     for rows in (33, 64, 65, 128):
         few = rows <= 64
-        assert plan_ring(rows, 12288, 4096, processors=132) == RingTiles(96, 1, 9 if few else 6)
-        assert plan_ring(rows, 11008, 4096, processors=132, gated=True) == RingTiles(84, 1, 6 if few else 5)
-        assert plan_ring(rows, 4096, 4096, processors=132, may_split=True) == RingTiles(64, 2, 11 if few else 7)
-        down = RingTiles(64, 2, 11) if few else RingTiles(128, 4, 5)
+        assert plan_ring(rows, 12288, 4096, processors=132) == RingTiles(96, 1, 11 if few else 8)
+        assert plan_ring(rows, 11008, 4096, processors=132, gated=True) == RingTiles(84, 1, 7 if few else 6)
+        assert plan_ring(rows, 4096, 4096, processors=132, may_split=True) == RingTiles(64, 2, 14 if few else 9)
+        down = RingTiles(64, 2, 14) if few else RingTiles(128, 4, 7)
         assert plan_ring(rows, 4096, 11008, processors=132, may_split=True) == down
 
 
@@ -74,7 +75,7 @@ def test_other_products_are_left_to_the_other_kernels():
     assert plan_ring(64, 12288, 4092, processors=132) is None  # rows at multiples of 16 bytes
     assert plan_ring(64, 128256, 4096, processors=132) is None  # no program has registers for 976 columns
     assert plan_ring(128, 6144, 4096, processors=132) is None  # 128 rows of X for 48 of W
-    assert plan_ring(64, 6144, 4096, processors=132) == RingTiles(48, 1, 13)
+    assert plan_ring(64, 6144, 4096, processors=132) == RingTiles(48, 1, 16)
     assert plan_ring(64, 4096, 1016, processors=132, may_split=True).splits == 1
     assert plan_ring(64, 4096, 1024, processors=132, may_split=True).splits == 2
     assert plan_ring(128, 4096, 8192, processors=132, may_split=True).splits == 4
@@ -123,17 +124,17 @@ def launch_of(hopper):
 
 def test_products_of_many_rows_are_launched_as_rings(hopper):
     x, weight, bias = half(100, 4160)[:, :4096], half(6144, 4096), half(6144)
-    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(96, 1, 6)
+    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(96, 1, 8)
     out = half(40, 6152)[:, :6144]
     product(x[:40], weight, out, bias, pdl=True)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
-    assert kernel == Kernel(RingTiles(48, 1, 13), 1, 1, True, torch.bfloat16) and grid == (128, 1)
+    assert kernel == ProductKernel(RingTiles(48, 1, 16), 1, 1, True, torch.bfloat16) and grid == (128, 1)
     assert of_weight == ([4096, 6144, 1], [4096, 6144 * 4096], [64, 48, 1]) and of_x == ([4096, 40], [4160], [64, 64])
     assert rest == [out.data_ptr(), bias.data_ptr(), 40, 6144, 64, 6152, 0]
     partial = torch.zeros(4, 100, 4096)
     product(half(100, 11008), half(4096, 11008), partial)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
-    assert kernel == Kernel(RingTiles(128, 4, 5), 2, 1, False, torch.bfloat16) and grid == (32, 4)
+    assert kernel == ProductKernel(RingTiles(128, 4, 7), 2, 1, False, torch.bfloat16) and grid == (32, 4)
     assert of_x == ([11008, 100], [11008], [64, 128])
     assert rest == [partial.data_ptr(), None, 100, 4096, 172, 4096, 100 * 4096]
 
@@ -180,7 +181,7 @@ def test_without_a_compiler_there_is_no_ring_and_a_word_of_it(missing, monkeypat
     [
         ({"x": half(129, 64)}, r"at most 128 .*16 bytes.*got \(129, 64\) with stride 64"),
         ({"x": half(64, 66)[:, :64]}, r"got \(64, 64\) with stride 66"),
-        ({"x": half(128, 64), "out": half(128, 96), "tiles": RingTiles(96, 1, 9)}, r"take 258192 bytes .* has 232448"),
+        ({"x": half(128, 64), "out": half(128, 96), "tiles": RingTiles(96, 1, 9)}, r"take 258272 bytes .* has 232448"),
         ({"tiles": RingTiles(96, 1, 1)}, r"1 tiles of 96 rows .* at least 2"),
         ({"tiles": RingTiles(92, 1, 4)}, "multiple of 8 rows"),
         ({"tiles": RingTiles(96, 2, 4)}, r"2 splits write .* got out \(64, 96\)"),
@@ -252,7 +253,7 @@ def test_every_plan_compiles_for_hopper_fits_and_does_not_spill(cache):
 
 @needs_compiler
 def test_compiled_code_is_kept_on_disk(cache, monkeypatch):
-    kernel = Kernel(RingTiles(64, 2, 4), 1, 1, True, torch.bfloat16)
+    kernel = ProductKernel(RingTiles(64, 2, 4), 1, 1, True, torch.bfloat16)
     code = compiled(kernel)
     assert code.startswith(b"\x7fELF")
     from cuda.bindings import nvrtc
@@ -267,7 +268,7 @@ def test_what_does_not_compile_says_why(cache, monkeypatch, tmp_path):
     source.write_text("int product( {", encoding="utf-8")
     monkeypatch.setattr(module, "_SOURCE", source)
     with pytest.raises(RuntimeError, match=r"does not compile: ring_product.cu\(\d+\): error"):
-        compiled(Kernel(RingTiles(64, 1, 4), 1, 1, False, torch.bfloat16))
+        compiled(ProductKernel(RingTiles(64, 1, 4), 1, 1, False, torch.bfloat16))
 
 
 def matrices(rows, num_out, size, dtype):

@@ -1,0 +1,410 @@
+// Attention of trees over pages on Hopper: one warp loads, warpgroups attend.
+//
+// A program has a tile of 64 query rows (nodes times the query heads of one key-value head) and a share of the committed
+// tokens. The loader keeps a ring of STAGES tiles of 64 keys and values filled by tensor copies; no kernel just ahead
+// writes those, so it begins before that has ended, AHEAD at a time until then. The program of the last share also rotates
+// and writes the step's own nodes and attends to them under their ancestor bits.
+//
+// Where a program has a multiprocessor for itself it has three warpgroups: two take the cached tiles in turns, the third
+// the own nodes; each keeps an online softmax of its own, and they are put together at the end. Otherwise it has one, whose
+// own nodes take the ring's first place.
+//
+// The launcher defines WARPGROUPS, STAGES, AHEAD, PDL, GROUP (query heads a key-value head), SPLITS and PAGE (tokens).
+// Shapes: as in attention_kernel.py; the head size is 128.
+
+constexpr int ROWS = 64, TOKENS = 64, SIZE = 128;
+constexpr u32 HALF_BYTES = 64 * ROW_BYTES;  // of a tile: 64 of 128 channels
+constexpr u32 TILE_BYTES = 2 * HALF_BYTES;
+constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;  // keys and values
+constexpr int PROGRAMS = WARPGROUPS == 1 ? 2 : 1;  // a multiprocessor's
+constexpr int THREADS = WARPGROUPS == 1 ? 160 : 512;  // three warpgroups get the registers of a fourth, the loader's
+constexpr int CACHED = WARPGROUPS == 1 ? 1 : 2;    // warpgroups that take cached tiles
+constexpr int QUERY_STEPS = ROWS * 8 / (CACHED * 128), OWN_STEPS = ROWS * 8 / 128;
+constexpr int SUMS_STRIDE = SIZE + 4;  // floats of a row of sums: no two rows of a warp's share a bank
+#define MINUS_INFINITY __int_as_float(0xff800000)
+static_assert(STAGES * STAGE_BYTES >= WARPGROUPS * ROWS * SUMS_STRIDE * 4, "sums are put together where the tiles were");
+
+struct Shared {
+    u32 ring, query, barriers;  // addresses
+
+    __device__ u32 keys(int stage) const { return ring + stage * STAGE_BYTES; }
+    __device__ u32 values(int stage) const { return keys(stage) + TILE_BYTES; }
+    __device__ u32 own_keys() const { return WARPGROUPS == 1 ? keys(0) : query + TILE_BYTES; }
+    __device__ u32 own_values() const { return own_keys() + TILE_BYTES; }
+    __device__ u32 filled(int stage) const { return barriers + stage * 16; }
+    __device__ u32 freed(int stage) const { return barriers + stage * 16 + 8; }
+    __device__ u32 released() const { return barriers + STAGES * 16; }
+};
+
+struct Share {
+    long row;
+    int start, count, length, low, high, tile, head_kv;
+    bool has_own;
+
+    __device__ int num_tiles() const { return (max(high - low, 0) + TOKENS - 1) / TOKENS; }
+    __device__ int first_place() const { return WARPGROUPS == 1 && has_own; }
+};
+
+struct Softmax {
+    float peak[2], total[2];  // of a thread's two rows
+    float found[SIZE / 2];    // [half of channels][eight of them][row][neighbour]
+};
+
+__device__ __forceinline__ void load_tile(u32 to, u32 barrier, const TensorMap* map, int token, int head, int page) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+        asm volatile(
+            "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+            " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(to + half * HALF_BYTES),
+            "l"(map), "r"(barrier), "r"(half * 64), "r"(token), "r"(head), "r"(page)
+            : "memory");
+}
+
+// A whole warp: its lanes find the pages, the first of them asks for the tiles.
+__device__ __forceinline__ void load(const Shared& at, const Share& of, const TensorMap* keys, const TensorMap* values, const int* table, int num_pages) {
+    const int lane = threadIdx.x % 32, first = of.first_place();
+    bool released = !PDL;
+    int pages = 0;
+    for (int i = 0; i < of.num_tiles(); ++i) {
+        if (i % 32 == 0) pages = table[min((of.low + (i + lane) * TOKENS) / PAGE, num_pages - 1)];
+        const int page = __shfl_sync(~0u, pages, i % 32);
+        const int place = first + i, stage = place % STAGES, token = of.low + i * TOKENS;
+        if (lane > 0) continue;
+        if (place >= STAGES) barrier_wait(at.freed(stage), (place / STAGES - 1) & 1);
+        else if (i >= AHEAD && !released) {
+            while (!(released = barrier_passed(at.released(), 0)) && !barrier_passed(at.filled(place - AHEAD), 0)) {}
+        }
+        barrier_expect(at.filled(stage), STAGE_BYTES);
+        load_tile(at.keys(stage), at.filled(stage), keys, token % PAGE, of.head_kv, page);
+        load_tile(at.values(stage), at.filled(stage), values, token % PAGE, of.head_kv, page);
+    }
+}
+
+// Where unit `unit` (16 bytes) of a row of a half tile lies.
+__device__ __forceinline__ u32 swizzled(u32 half_tile, int row, int unit) { return half_tile + row * ROW_BYTES + ((unit ^ (row & 7)) << 4); }
+
+__device__ __forceinline__ void put(u32 to, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
+__device__ __forceinline__ float low_of(u32 pair) { return widened((u16)pair); }
+__device__ __forceinline__ float high_of(u32 pair) { return widened((u16)(pair >> 16)); }
+
+__device__ __forceinline__ void rotate_pair(u32& low, u32& high, u32 cos, u32 sin) {
+    const float a0 = low_of(low), a1 = high_of(low), b0 = low_of(high), b1 = high_of(high);
+    const float c0 = low_of(cos), c1 = high_of(cos), s0 = low_of(sin), s1 = high_of(sin);
+    low = packed(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1);
+    high = packed(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1);
+}
+
+// Eight channels of either half of a head, turned by their angles in float32 and rounded once.
+__device__ __forceinline__ void rotate(uint4& low, uint4& high, const uint4& cos, const uint4& sin) {
+    rotate_pair(low.x, high.x, cos.x, sin.x);
+    rotate_pair(low.y, high.y, cos.y, sin.y);
+    rotate_pair(low.z, high.z, cos.z, sin.z);
+    rotate_pair(low.w, high.w, cos.w, sin.w);
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float found;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+    return found;
+}
+
+struct Nodes {
+    const u16* qkv;  // [M, H + 2G, SIZE]
+    const long* position;
+    const u16 *cos, *sin;  // [positions, SIZE / 2]
+    long angle_stride;
+    int heads, groups;
+
+    __device__ const u16* head(long node, int head) const { return qkv + (node * (heads + 2 * groups) + head) * SIZE; }
+};
+
+__device__ __forceinline__ uint4 read(const u16* from) { return *reinterpret_cast<const uint4*>(from); }
+__device__ __forceinline__ void write(u16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
+
+struct Angles {
+    uint4 cos, sin;
+};
+
+__device__ __forceinline__ Angles angles_of(const Nodes& nodes, long flat, int unit) {
+    const long at = nodes.position[flat] * nodes.angle_stride + unit * 8;
+    return {read(nodes.cos + at), read(nodes.sin + at)};
+}
+
+// The node of each row that a thread turns: eight threads a row, each with 8 channels of either half.
+template <int STEPS>
+__device__ __forceinline__ void find_angles(Angles (&angles)[STEPS], const Nodes& nodes, const Share& of, int first, int group, int count) {
+    const int thread = threadIdx.x % (ROWS * 8 / STEPS);
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int node = (first + thread / 8 + step * (ROWS / STEPS)) / group;
+        if (node < count) angles[step] = angles_of(nodes, of.start + node, thread % 8);
+    }
+}
+
+__device__ __forceinline__ void place_queries(const Shared& at, const Share& of, const Nodes& nodes, const Angles (&angles)[QUERY_STEPS]) {
+#pragma unroll
+    for (int step = 0; step < QUERY_STEPS; ++step) {
+        const int r = threadIdx.x / 8 + step * (ROWS / QUERY_STEPS), unit = threadIdx.x % 8;
+        const int node = (of.tile * ROWS + r) / GROUP;
+        uint4 low = {}, high = {};
+        if (node < of.count) {
+            const u16* from = nodes.head(of.start + node, of.head_kv * GROUP + (of.tile * ROWS + r) % GROUP) + unit * 8;
+            low = read(from), high = read(from + SIZE / 2);
+            rotate(low, high, angles[step].cos, angles[step].sin);
+        }
+        put(swizzled(at.query, r, unit), low);
+        put(swizzled(at.query + HALF_BYTES, r, unit), high);
+    }
+}
+
+// Zeros for what lies past a sequence's end, for a weight of zero times anything else might not be zero.
+__device__ __forceinline__ void clear_values(u32 values, int first) {
+    for (int unit = threadIdx.x % 128; unit < (TOKENS - first) * 16; unit += 128)
+        put(values + unit % 2 * HALF_BYTES + (first + unit / 16) * ROW_BYTES + unit % 16 / 2 * 16, uint4{});
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory");
+}
+
+struct Pages {
+    u16 *keys, *values;
+    const int* table;  // of the sequence
+    long page, token, head;  // strides
+
+    __device__ long of(int position, int head_kv) const {
+        return table[position / PAGE] * page + position % PAGE * token + head_kv * head;
+    }
+};
+
+// The step's own nodes that the tile may look at; it writes those that are the tile's own to their pages.
+__device__ __forceinline__ void place_own(
+    const Shared& at, const Share& of, const Nodes& nodes, int last, const Angles (&angles)[OWN_STEPS], const Pages& pages) {
+    const int unit = threadIdx.x % 8;
+#pragma unroll
+    for (int step = 0; step < OWN_STEPS; ++step) {
+        const int j = threadIdx.x % 128 / 8 + step * (ROWS / OWN_STEPS);
+        uint4 low = {}, high = {}, value_low = {}, value_high = {};
+        if (j < last) {
+            const u16* key = nodes.head(of.start + j, nodes.heads + of.head_kv) + unit * 8;
+            const u16* value = key + nodes.groups * SIZE;
+            low = read(key), high = read(key + SIZE / 2), value_low = read(value), value_high = read(value + SIZE / 2);
+            rotate(low, high, angles[step].cos, angles[step].sin);
+            if (j >= of.tile * ROWS / GROUP) {
+                const long to = pages.of(of.length + j, of.head_kv) + unit * 8;
+                write(pages.keys + to, low), write(pages.keys + to + SIZE / 2, high);
+                write(pages.values + to, value_low), write(pages.values + to + SIZE / 2, value_high);
+            }
+        }
+        put(swizzled(at.own_keys(), j, unit), low), put(swizzled(at.own_keys() + HALF_BYTES, j, unit), high);
+        put(swizzled(at.own_values(), j, unit), value_low), put(swizzled(at.own_values() + HALF_BYTES, j, unit), value_high);
+    }
+}
+
+__device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_and_wait() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+template <int COUNT>
+__device__ __forceinline__ void keep_order(float* values) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(values[i])::"memory");
+}
+
+// One step of the online softmax: `seen(row, column)` says which of the tile's tokens a thread's row (0 or 1) looks at.
+template <typename Seen>
+__device__ __forceinline__ void attend(Softmax& own, u32 query, u32 keys, u32 values, float scale, Seen seen) {
+    float scores[TOKENS / 2];
+    keep_order<TOKENS / 2>(scores);
+    fence();
+#pragma unroll
+    for (int k = 0; k < SIZE / 16; ++k) {
+        const u32 step = k / 4 * HALF_BYTES + k % 4 * 32;
+        multiply_keys(scores, operand(query + step), operand(keys + step), k > 0);
+    }
+    commit_and_wait();
+    keep_order<TOKENS / 2>(scores);
+    float shrink[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        float peak = own.peak[row];
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                float& score = scores[j * 4 + row * 2 + side];
+                score = seen(row, j * 8 + threadIdx.x % 4 * 2 + side) ? score * scale : MINUS_INFINITY;
+                peak = fmaxf(peak, score);
+            }
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 1));
+        peak = fmaxf(peak, __shfl_xor_sync(~0u, peak, 2));
+        shrink[row] = exp2_of(own.peak[row] - peak);
+        own.peak[row] = peak;
+        float total = 0.0f;
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                float& score = scores[j * 4 + row * 2 + side];
+                score = exp2_of(score - peak);
+                total += score;
+            }
+        own.total[row] = own.total[row] * shrink[row] + total;
+    }
+#pragma unroll
+    for (int i = 0; i < SIZE / 2; ++i) own.found[i] *= shrink[i / 2 % 2];
+    u32 weights[TOKENS / 4];
+#pragma unroll
+    for (int i = 0; i < TOKENS / 4; ++i) weights[i] = packed(scores[i * 2], scores[i * 2 + 1]);
+    keep_order<SIZE / 2>(own.found);
+    fence();
+#pragma unroll
+    for (int k = 0; k < TOKENS / 16; ++k)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            multiply_values(own.found + half * (SIZE / 4), weights + k * 4, operand(values + half * HALF_BYTES + k * 16 * ROW_BYTES));
+    commit_and_wait();
+    keep_order<SIZE / 2>(own.found);
+}
+
+__device__ __forceinline__ void attend_own(Softmax& own, const Shared& at, const Share& of, int last, float scale, const long* bits_N, int num_words) {
+    u64 bits[2];
+    const int row = of.tile * ROWS + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+        const int node = (row + lower * 8) / GROUP;
+        bits[lower] = node < of.count ? bits_N[node * num_words] : 0;
+    }
+    attend(own, at.query, at.own_keys(), at.own_values(), scale, [&](int lower, int column) { return bits[lower] >> column & 1 && column < last; });
+    if (WARPGROUPS == 1 && threadIdx.x % 32 == 0) barrier_arrive(at.freed(0));
+}
+
+__device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, const Share& of, float scale) {
+    const int first = threadIdx.x / 128;  // of the third, which takes none, past the last
+    for (int i = first < CACHED ? first : of.num_tiles(); i < of.num_tiles(); i += CACHED) {
+        const int place = of.first_place() + i, stage = place % STAGES, left = of.high - of.low - i * TOKENS;
+        barrier_wait(at.filled(stage), (place / STAGES) & 1);
+        if (left < TOKENS) clear_values(at.values(stage), left);
+        attend(own, at.query, at.keys(stage), at.values(stage), scale, [&](int, int column) { return column < left; });
+        if (threadIdx.x % 32 == 0) barrier_arrive(at.freed(stage));
+    }
+}
+
+__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUPS * 128) : "memory"); }
+
+__device__ __forceinline__ void write_sums(const Softmax& own, float* sums, float* peaks, float* totals) {
+    const int group = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    float* to = sums + group * ROWS * SUMS_STRIDE;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+        float total = own.total[lower];
+        total += __shfl_xor_sync(~0u, total, 1);
+        total += __shfl_xor_sync(~0u, total, 2);
+        if (threadIdx.x % 4 == 0) peaks[group * ROWS + row + lower * 8] = own.peak[lower], totals[group * ROWS + row + lower * 8] = total;
+#pragma unroll
+        for (int j = 0; j < SIZE / 8; ++j) {
+            const int channel = j * 8 + threadIdx.x % 4 * 2;
+            *reinterpret_cast<float2*>(to + (row + lower * 8) * SUMS_STRIDE + channel) = make_float2(own.found[j * 4 + lower * 2], own.found[j * 4 + lower * 2 + 1]);
+        }
+    }
+}
+
+// The warpgroups' sums put together, four channels a thread at a time.
+__device__ __forceinline__ void write_found(
+    const Share& of, const float* sums, const float* peaks, const float* totals, int heads, int num_nodes, u16* out, long out_node,
+    long out_head, float* part, float* lse) {
+    for (int unit = threadIdx.x; unit < ROWS * SIZE / 4; unit += WARPGROUPS * 128) {
+        const int r = unit / (SIZE / 4), channel = unit % (SIZE / 4) * 4;
+        const int node = (of.tile * ROWS + r) / GROUP;
+        if (node >= of.count) break;
+        float peak = -1e30f;
+#pragma unroll
+        for (int group = 0; group < WARPGROUPS; ++group) peak = fmaxf(peak, peaks[group * ROWS + r]);
+        float total = 0.0f, a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+#pragma unroll
+        for (int group = 0; group < WARPGROUPS; ++group) {
+            const float weight = exp2_of(peaks[group * ROWS + r] - peak);
+            const float4 its = *reinterpret_cast<const float4*>(sums + (group * ROWS + r) * SUMS_STRIDE + channel);
+            total += weight * totals[group * ROWS + r];
+            a += weight * its.x, b += weight * its.y, c += weight * its.z, d += weight * its.w;
+        }
+        const float share = total > 0.0f ? __fdividef(1.0f, total) : 0.0f;
+        const long flat = of.start + node;
+        const int head = of.head_kv * GROUP + (of.tile * ROWS + r) % GROUP;
+        if (SPLITS == 1) {
+            *reinterpret_cast<uint2*>(out + flat * out_node + head * out_head + channel) = make_uint2(packed(a * share, b * share), packed(c * share, d * share));
+        } else {
+            const long at = ((long)blockIdx.z * num_nodes + flat) * heads + head;
+            *reinterpret_cast<float4*>(part + at * SIZE + channel) = make_float4(a * share, b * share, c * share, d * share);
+            if (channel == 0) lse[at] = total > 0.0f ? peak + log2f(total) : MINUS_INFINITY;
+        }
+    }
+}
+
+constexpr u32 QUERY_AT = STAGES * STAGE_BYTES;
+constexpr u32 BARRIERS_AT = QUERY_AT + (WARPGROUPS == 1 ? 1 : 3) * TILE_BYTES;
+constexpr u32 PEAKS_AT = BARRIERS_AT + (STAGES + 1) * 16;
+
+extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) ring_attention(
+    const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, const u16* qkv, const long* position_M,
+    const u16* cos, const u16* sin, long angle_stride, int heads, int groups, u16* keys, u16* values,
+    const int* rows_B, const int* start_B, const int* count_B, const long* length_R, const int* tables_RP, const long* bits_RN,
+    u16* out, float* part, float* lse, float scale, long out_node, long out_head, long page_stride, long token_stride,
+    long head_stride, long table_stride, int num_kept, int num_words, int num_nodes, int tiles) {
+    extern __shared__ __align__(1024) char memory[];
+    const u32 base = shared_address(memory);
+    if (base % 1024) __trap();
+    const Shared at{base, base + QUERY_AT, base + BARRIERS_AT};
+    float* peaks = reinterpret_cast<float*>(memory + PEAKS_AT);
+    float* totals = peaks + WARPGROUPS * ROWS;
+    const int b = blockIdx.x / tiles;
+    Share of;
+    of.tile = blockIdx.x % tiles, of.head_kv = blockIdx.y, of.has_own = blockIdx.z == SPLITS - 1;
+    of.row = rows_B[b], of.start = start_B[b], of.count = count_B[b], of.length = (int)length_R[of.row];
+    const int share = ((of.length + SPLITS - 1) / SPLITS + TOKENS - 1) / TOKENS * TOKENS;
+    of.low = SPLITS == 1 ? 0 : blockIdx.z * share, of.high = SPLITS == 1 ? of.length : min(of.low + share, of.length);
+    const int* table = tables_RP + of.row * table_stride;
+    if (threadIdx.x == WARPGROUPS * 128) {
+        for (int stage = 0; stage < STAGES; ++stage) {
+            barrier_init(at.filled(stage), 1);
+            barrier_init(at.freed(stage), 4);  // each warp of the warpgroup that took it
+        }
+        barrier_init(at.released(), 1);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        if (of.first_place() > 0) barrier_arrive(at.filled(0));  // by the own nodes
+    }
+    __syncthreads();
+    const bool is_needed = of.tile * ROWS < of.count * GROUP;
+    if (threadIdx.x >= WARPGROUPS * 128) {
+        if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+        if (is_needed && threadIdx.x < WARPGROUPS * 128 + 32) load(at, of, &key_map, &value_map, table, (int)table_stride);
+        return;
+    }
+    if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    const Nodes nodes{qkv, position_M, cos, sin, angle_stride, heads, groups};
+    const int group = threadIdx.x / 128, last = min(of.count, ((of.tile + 1) * ROWS - 1) / GROUP + 1);
+    const bool has_queries = group < CACHED, has_own = of.has_own && group == WARPGROUPS - 1;
+    Angles query_angles[QUERY_STEPS], own_angles[OWN_STEPS];
+    if (has_queries) find_angles(query_angles, nodes, of, of.tile * ROWS, GROUP, of.count);
+    if (has_own) find_angles(own_angles, nodes, of, 0, 1, last);
+#if PDL
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (threadIdx.x == 0) barrier_arrive(at.released());
+#endif
+    if (!is_needed) return;
+    if (has_queries) place_queries(at, of, nodes, query_angles);
+    if (has_own) place_own(at, of, nodes, last, own_angles, {keys, values, table, page_stride, token_stride, head_stride});
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    all_attending();
+    Softmax own{{-1e30f, -1e30f}, {}, {}};
+    if (has_own) attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
+    if (WARPGROUPS == 1 || !has_own) attend_cached(own, at, of, scale);
+    all_attending();  // every tile has been read
+    write_sums(own, reinterpret_cast<float*>(memory), peaks, totals);
+    all_attending();
+    write_found(of, reinterpret_cast<float*>(memory), peaks, totals, heads, num_nodes, out, out_node, out_head, part, lse);
+}

@@ -1,0 +1,130 @@
+"""Attention of trees over pages on Hopper that keeps memory busy: launches ring_attention.cu.
+
+Triton's loops (attention_kernel.py) read a sequence's keys and values for twice as long as memory takes, once tiles have
+64 rows of queries, and begin when the projections have ended. Here a warp of its own loads, and before that. The plain
+twin is attention_kernel.py.
+
+Shapes: as in attention.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from medusa.kernels.attention_plan import MAX_ROWS, AttentionPlan, Rotation, Scratch, Visible
+from medusa.kernels.hopper import HALF_TYPES, has_compiler, launch, source_of, tensor_map
+from medusa.kernels.launch import has_warpgroups
+
+AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead has ended
+SIZE = 128  # of a head, the only one it takes
+TOKENS = 64  # of a tile
+STAGES = {3: 5, 1: 3}  # tiles of keys and values that a program of so many warpgroups has room for
+_LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """What the kernel is compiled for: three warpgroups a program, or one where two programs share a multiprocessor;
+    query heads a key-value head, shares of a sequence, and tokens of a page."""
+
+    warpgroups: int
+    group: int
+    splits: int
+    page_size: int
+    pdl: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return "ring_attention"
+
+    @property
+    def threads(self) -> int:
+        return 160 if self.warpgroups == 1 else 512  # the loader, of three, is a warpgroup that gives registers away
+
+    @property
+    def shared_bytes(self) -> int:
+        stages, tile = STAGES[self.warpgroups], TOKENS * SIZE * 2
+        tiles = 2 * stages + (1 if self.warpgroups == 1 else 3)  # the queries, and what is attended to beside the ring
+        return tiles * tile + (stages + 1) * 16 + 2 * self.warpgroups * MAX_ROWS * 4  # barriers; rows' peaks and sums
+
+    @property
+    def source(self) -> str:
+        defined: dict[str, int | str] = {
+            "WARPGROUPS": self.warpgroups, "STAGES": STAGES[self.warpgroups], "AHEAD": AHEAD, "PDL": int(self.pdl),
+            "GROUP": self.group, "SPLITS": self.splits, "PAGE": self.page_size,
+        }  # fmt: skip
+        return source_of(self.name, defined, self.dtype, *_multiply(HALF_TYPES[self.dtype]))
+
+
+def _multiply(half: str) -> tuple[str, str]:
+    """The tensor cores' instructions: 64 queries with 64 keys, by 16 channels; and 64 rows of weights, in registers,
+    with 64 channels of values, by 16 tokens."""
+    registers = ", ".join(f"%{i}" for i in range(32))
+    sums = ", ".join(f'"+f"(sums[{i}])' for i in range(32))
+    name = f"wgmma.mma_async.sync.aligned.m64n64k16.f32.{half}.{half}"
+    head = "__device__ __forceinline__ void"
+    keys = (
+        f"{head} multiply_keys(float* sums, u64 x, u64 w, int added) {{"
+        f' asm volatile("{{ .reg .pred p; setp.ne.b32 p, %34, 0; {name} {{{registers}}}, %32, %33, p, 1, 1, 0, 0; }}"'
+        f' : {sums} : "l"(x), "l"(w), "r"(added)); }}'
+    )
+    values = (
+        f"{head} multiply_values(float* sums, const u32* x, u64 w) {{"
+        f' asm volatile("{name} {{{registers}}}, {{%32, %33, %34, %35}}, %36, 1, 1, 1, 1;"'
+        f' : {sums} : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "l"(w)); }}'
+    )
+    return keys, values
+
+
+def has_ring(pages: torch.Tensor) -> bool:
+    """Whether the kernel can read the pages [..., page size, G, D]: on Hopper, 16 bits an element, and NVIDIA's
+    compiler and driver within reach."""
+    return (
+        has_warpgroups(pages.device)
+        and pages.dtype in HALF_TYPES
+        and pages.shape[-1] == SIZE
+        and pages.shape[-3] % TOKENS == 0
+        and has_compiler()
+    )
+
+
+def ring_attention(
+    qkv_MHD: torch.Tensor,
+    cache_layer: torch.Tensor,
+    visible: Visible,
+    plan: AttentionPlan,
+    out_MHD: torch.Tensor,
+    scratch: Scratch,
+    scaling: float,
+    rotation: Rotation,
+    *,
+    pdl: bool,
+) -> None:
+    """As `attend` with a rotation, for trees of up to 64 nodes, without window or cap. With splits, what they found is
+    left in `scratch`."""
+    assert visible.bits_RNW is not None
+    if not qkv_MHD.is_contiguous():
+        raise ValueError(f"queries, keys and values must lie together, got strides {qkv_MHD.stride()}")
+    (num_nodes, heads, _), (_, num_pages, page_size, groups, _) = out_MHD.shape, cache_layer.shape
+    kernel = AttentionKernel(plan.ring, heads // groups, plan.splits, page_size, pdl, out_MHD.dtype)
+    _, page, token, head, _ = cache_layer.stride()
+    maps = [
+        tensor_map(pages, [SIZE, page_size, groups, num_pages], [token, head, page], [TOKENS, TOKENS, 1, 1])
+        for pages in cache_layer
+    ]
+    tiles = -(-plan.max_nodes * kernel.group // MAX_ROWS)
+    pointer, number, long = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int, ctypes.c_long
+    arguments = [
+        *maps, pointer(qkv_MHD), pointer(rotation.position_M), pointer(rotation.cos_TD), pointer(rotation.sin_TD),
+        long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]), pointer(cache_layer[1]), pointer(visible.rows_B),
+        pointer(visible.start_B), pointer(visible.count_B), pointer(visible.length_R), pointer(visible.tables_RP),
+        pointer(visible.bits_RNW), pointer(out_MHD), pointer(scratch.part), pointer(scratch.lse),
+        ctypes.c_float(scaling * _LOG2_E), long(out_MHD.stride(0)), long(out_MHD.stride(1)), long(page), long(token),
+        long(head), long(visible.tables_RP.stride(0)), number(visible.bits_RNW.shape[1]),
+        number(visible.bits_RNW.shape[2]), number(num_nodes), number(tiles),
+    ]  # fmt: skip
+    launch(kernel, out_MHD.device.index, (visible.rows_B.shape[0] * tiles, groups, plan.splits), arguments)

@@ -1,0 +1,123 @@
+"""Attention by a ring of tiles: its plans, its compilation for Hopper without a GPU, and on a Hopper GPU what it computes,
+against the plain twin and against Triton's kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from medusa.kernels.attention import attend
+from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
+from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
+from medusa.kernels.launch import has_warpgroups
+from medusa.kernels.ring_attention import AttentionKernel
+from tests.medusa.kernels.interpreted.attention_batch import Batch
+
+needs_compiler = pytest.mark.skipif(not has_compiler(), reason="NVIDIA's bindings or compiler are missing")
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or not has_warpgroups(torch.device("cuda")), reason="needs a Hopper GPU"
+)
+LENGTHS = (0, 1, 63, 64, 65, 200, 441)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("warpgroups", [1, 3])
+@pytest.mark.parametrize(("group", "splits"), [(1, 1), (4, 4), (7, 2)])
+def test_it_compiles_without_spills(group, splits, warpgroups, dtype):
+    kernel = AttentionKernel(warpgroups, group, splits, 64, True, dtype)
+    assert compiled(kernel).startswith(b"\x7fELF")
+    assert kernel.shared_bytes <= SHARED_BYTES
+
+
+class HalfBatch(Batch):
+    """A batch whose numbers are exact in 16 bits."""
+
+    def __init__(self, seed, counts, dtype, *, groups, group, lengths=LENGTHS, page_size=64):
+        super().__init__(
+            seed, counts, heads=groups * group, groups=groups, size=128, page_size=page_size, lengths=lengths
+        )
+        self.dtype = dtype
+        self.projected, self.cache = self._half(self.projected), self._half(self.cache)
+        self.rotation = Rotation(
+            self.rotation.position_M, self._half(self.rotation.cos_TD), self._half(self.rotation.sin_TD)
+        )
+        query, key, value = self.projected.split([groups * group, groups, groups], 1)
+        cos, sin = (each[self.rotation.position_M, None] for each in (self.rotation.cos_TD, self.rotation.sin_TD))
+        query, key = (self._half(_rotated(each, cos, sin)) for each in (query, key))
+        self.query = query
+        for row, nodes in self.sequences():
+            self.cache[self.places(row, int(self.length[row]), len(nodes))] = torch.stack([key[nodes], value[nodes]])
+
+    def _half(self, tensor):
+        return tensor.to(self.dtype).float()
+
+    def on_gpu(self, splits, *, ring, max_nodes=None):
+        """What a launch finds, and the cache after it, both in float32 on the CPU."""
+        plan = AttentionPlan(splits, 64, 64, max_nodes or max(self.counts), merged_in_place=1, ring=ring)
+        visible = Visible(
+            *(torch.tensor(values, dtype=torch.int32).cuda() for values in (self.rows, self.starts, self.counts)),
+            self.length.cuda(), self.tables.cuda(), self.bits.cuda(), self.depth.cuda(),
+        )  # fmt: skip
+        room = splits * len(self.query)
+        scratch = Scratch(
+            torch.full((room, self.heads, 128), float("nan")).cuda(),
+            torch.full((room, self.heads), float("nan")).cuda(),
+            torch.zeros(4096, dtype=torch.int32).cuda(),
+        )
+        cache = self.cache.clone()
+        for row, nodes in self.sequences():
+            cache[self.places(row, int(self.length[row]), len(nodes))] = float("nan")
+        cache = cache.to("cuda", self.dtype)
+        out = torch.full((len(self.query), self.heads, 128), float("nan"), dtype=self.dtype).cuda()
+        position, cos, sin = self.rotation.position_M, self.rotation.cos_TD, self.rotation.sin_TD
+        rotation = Rotation(position.cuda(), cos.to("cuda", self.dtype), sin.to("cuda", self.dtype))
+        projected = self.projected.to("cuda", self.dtype)
+        attend(projected, cache, visible, plan, out, scratch, 0.3, rotation=rotation, pdl=True)
+        torch.cuda.synchronize()
+        return out.float().cpu(), cache.float().cpu()
+
+
+def _rotated(heads_MHD, cos, sin):
+    first, second = heads_MHD.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("splits", "warpgroups"), [(1, 3), (2, 3), (4, 3), (1, 1), (3, 1)])
+@pytest.mark.parametrize(
+    ("counts", "shape"),
+    [
+        ([64], dict(groups=4, group=1, lengths=(441,))),
+        ([64, 0, 7, 1], dict(groups=2, group=1)),
+        ([17, 33], dict(groups=2, group=4)),
+        ([9, 20, 64], dict(groups=1, group=7)),
+        ([1, 1, 1], dict(groups=3, group=2)),
+        ([30, 2], dict(groups=2, group=1, page_size=128)),
+    ],
+)
+def test_equals_the_plain_twins(counts, shape, splits, warpgroups, dtype):
+    batch = HalfBatch(len(counts) + splits, counts, dtype, **shape)
+    found, cache = batch.on_gpu(splits, ring=warpgroups)
+    triton_found, triton_cache = batch.on_gpu(splits, ring=0)
+    expected = batch.expected()
+    used = sum(counts)
+    tolerance = dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=3e-3, rtol=3e-3)
+    torch.testing.assert_close(found[:used], expected[:used], **tolerance)
+    torch.testing.assert_close(found[:used], triton_found[:used], **tolerance)
+    assert found[used:].isnan().all()  # rows of no sequence are left alone
+    torch.testing.assert_close(cache, triton_cache, equal_nan=True, **tolerance)
+    torch.testing.assert_close(cache, batch.cache, equal_nan=True, **tolerance)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_rows_that_a_tile_has_room_for_change_nothing():
+    one = HalfBatch(3, [20], torch.bfloat16, groups=2, group=1, lengths=(200,))
+    alone, _ = one.on_gpu(2, ring=3)
+    again, _ = one.on_gpu(2, ring=3, max_nodes=64)
+    assert torch.equal(alone[:20], again[:20])
