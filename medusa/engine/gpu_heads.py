@@ -7,11 +7,11 @@ once for all heads. Shapes: B sequences, K heads, S guesses a head, d hidden siz
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import product
+from medusa.kernels.seen import add_silu
 from medusa.kernels.state import Drafts, RowState, Trees
 from medusa.kernels.topk import scratch, topk
 from medusa.model import Backbone
@@ -48,7 +48,7 @@ class GpuHeads:
                 weight = self._heads.vocabulary_weight(head, self._backbone.lm_head_weight)
                 product(features_BKd[:, head], weight, logits_BKV[:, head], pdl=self._pdl)
         pairs = self._pairs[: batch * config.num_heads]
-        topk(self._backbone.cap(logits_BKV), rows_B, state.guesses_RKS, pairs, token_map=self._token_map)
+        topk(self._backbone.cap(logits_BKV), rows_B, state.guesses_RKS, pairs, token_map=self._token_map, pdl=self._pdl)
 
     def propose(self, drafts: Drafts, trees: Trees, state: RowState) -> None:
         """As GpuDrafter.propose: the guesses were in the state."""
@@ -57,7 +57,11 @@ class GpuHeads:
         config = self._heads.config
         first = hidden_Bd.new_empty(len(hidden_Bd), len(self._first_weight))
         product(hidden_Bd, self._first_weight, first, self._first_bias, pdl=self._pdl)
-        features_BKd = hidden_Bd[:, None] + functional.silu(first.view(len(hidden_Bd), config.num_heads, -1))
+        features_BKd = torch.empty_like(first).view(len(hidden_Bd), config.num_heads, -1)
+        rows_Cd = first.view(-1, config.hidden_size)
+        add_silu(
+            rows_Cd[None], None, hidden_Bd, features_BKd.view_as(rows_Cd), sharing=config.num_heads, pdl=self._pdl
+        )  # fmt: skip
         if config.num_layers == 1:
             return features_BKd
         later = [self._later_blocks(head, features_BKd[:, head]) for head in range(config.num_heads)]

@@ -56,7 +56,10 @@ class GpuHydra:
                 read_paths(head, drafts, trees, state, paths, ahead_CJ, pdl=self._pdl)
                 logits_CV = self._logits(head, self._features(head, paths.asked_KA[head, :slots], drafts, ahead_CJ))
                 guesses_C1S = paths.guesses_KAS[head, :slots, None]
-                topk(logits_CV[:, None], every_C[:slots], guesses_C1S, pairs[:slots], token_map=self._token_map)
+                topk(
+                    logits_CV[:, None], every_C[:slots], guesses_C1S, pairs[:slots], token_map=self._token_map,
+                    pdl=self._pdl,
+                )  # fmt: skip
         take_guesses(drafts, trees, paths, pdl=self._pdl)
 
     def _features(self, head: int, asked_C: torch.Tensor, drafts: Drafts, ahead_CJ: torch.Tensor) -> torch.Tensor:

@@ -159,22 +159,21 @@ class GpuStep:
     def decide(self, shape: Shape, hidden_Md: torch.Tensor, logits_MV: torch.Tensor) -> None:
         """Samples at every node, accepts, moves the accepted keys and values together, and guesses anew."""
         buffers = self.buffers(shape)
-        self.accept(buffers, logits_MV)
+        drafter = self.drafter if shape.guesses else None
+        self.accept(buffers, logits_MV, num_guessed=self.num_depths - 1 if drafter else 0)
         if shape.moves:
             self._move(buffers)
-        if shape.guesses and self.drafter is not None:
+        if drafter is not None:
             last_hidden_Bd = hidden_Md.index_select(0, buffers.emitted.last_B)
-            self.remember(last_hidden_Bd, buffers.rows_B)
-        else:
-            self.state.num_guessed_R.index_fill_(0, buffers.rows_B.long(), 0)
+            drafter.remember(last_hidden_Bd, buffers.rows_B, self.state)
 
     def _move(self, buffers: StepBuffers) -> None:
         rows_B, emitted, length_R, tables_RP = buffers.rows_B, buffers.emitted, self.state.length_R, self._cache.tables
         self.team.hand_out(handed_out_moves(rows_B, length_R, tables_RP, emitted))
         compact(self._cache.data, tables_RP, rows_B, emitted, length_R, pdl=self._pdl and self.team.is_alone)
 
-    def accept(self, buffers: StepBuffers, logits_MV: torch.Tensor) -> None:
-        """Sample, then match; or the typical rule."""
+    def accept(self, buffers: StepBuffers, logits_MV: torch.Tensor, *, num_guessed: int = 0) -> None:
+        """Sample, then match; or the typical rule. So many heads guess after what live rows accept."""
         drafts, cuts = buffers.drafts, buffers.cuts
         find_cuts(logits_MV, drafts, self.state, cuts, pdl=self._pdl)
         rule = self._acceptance
@@ -182,7 +181,7 @@ class GpuStep:
             sample(logits_MV, drafts, self.state, cuts, buffers.best_MX, pdl=self._pdl)
             walk(
                 buffers.rows_B, buffers.count_B, drafts, buffers.best_MX, self.trees, self.state, buffers.emitted,
-                pdl=self._pdl,
+                num_guessed=num_guessed, pdl=self._pdl,
             )  # fmt: skip
             return
         sample(logits_MV, drafts, self.state, cuts, buffers.best_MX, greedy=rule.root == "greedy", pdl=self._pdl)
@@ -190,11 +189,11 @@ class GpuStep:
         kept_M, score_M = judge(logits_MV, drafts, self.trees, self.state, cuts, epsilon=rule.epsilon, delta=rule.delta)
         walk_typical(
             buffers.rows_B, buffers.count_B, drafts, buffers.sampled_M, kept_M, score_M, self.trees, self.state,
-            buffers.emitted, pdl=False,
+            buffers.emitted, num_guessed=num_guessed, pdl=False,
         )  # fmt: skip
 
     def remember(self, last_hidden_Bd: torch.Tensor, rows_B: torch.Tensor) -> None:
-        """All heads guess after the sequences' last tokens, now or when the next step's trees are known."""
+        """All heads guess after prompts, now or when the next step's trees are known."""
         assert self.drafter is not None
         self.drafter.remember(last_hidden_Bd, rows_B, self.state)
         self.state.num_guessed_R.index_fill_(0, rows_B.long(), self.state.guesses_RKS.shape[1])

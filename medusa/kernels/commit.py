@@ -29,12 +29,14 @@ def commit(
     NUM_OUTPUT,
     REMAINING,
     LIVE,
+    NUM_GUESSED,
     OUT,
     PATH,
     NUM,
     LAST,
     FINISHED,
     M,
+    num_guessed,
     E: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -64,6 +66,7 @@ def commit(
         tl.store(NUM_OUTPUT + row, output + num)
         tl.store(REMAINING + row, remaining - num)
         tl.store(LIVE + row, (finished == 0).to(tl.int32))
+        tl.store(NUM_GUESSED + row, num_guessed)
 
 
 def check_step(
@@ -88,6 +91,7 @@ def outputs(state: RowState, out: Emitted) -> tuple[torch.Tensor, ...]:
         state.num_output_R,
         state.remaining_R,
         state.live_R,
+        state.num_guessed_R,
         out.tokens_BD,
         out.path_BD,
         out.num_B,

@@ -55,16 +55,20 @@ def _add_silu(
     D: tl.constexpr,
     S: tl.constexpr,
     BD: tl.constexpr,
+    SHARING: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = d < D
-    added = tl.load(BIAS + d, mask=inside, other=0.0).to(tl.float32)
+    added = tl.zeros([BD], tl.float32)
+    if HAS_BIAS:
+        added = tl.load(BIAS + d, mask=inside, other=0.0).to(tl.float32)
     for s in tl.static_range(S):
         added += tl.load(PARTIAL + s * sp_split + row * sp + d, mask=inside, other=0.0).to(tl.float32)
-    x = tl.load(RESIDUAL + row * sr + d, mask=inside, other=0.0)
+    x = tl.load(RESIDUAL + row // SHARING * sr + d, mask=inside, other=0.0)
     added = added.to(x.dtype).to(tl.float32)
     added = (added * tl.sigmoid(added)).to(x.dtype).to(tl.float32)
     tl.store(OUT + row * D + d, (x.to(tl.float32) + added).to(x.dtype), mask=inside)
@@ -94,15 +98,22 @@ def see(
 
 
 def add_silu(
-    partial_SCd: torch.Tensor, bias_d: torch.Tensor, residual_Cd: torch.Tensor, out_Cd: torch.Tensor,
-    *, pdl: bool = False,
+    partial_SCd: torch.Tensor, bias_d: torch.Tensor | None, residual_Cd: torch.Tensor, out_Cd: torch.Tensor,
+    *, sharing: int = 1, pdl: bool = False,
 ) -> None:  # fmt: skip
-    """out = residual + SiLU(sum of the partial sums + bias). Rows of the residual may lie apart."""
+    """out = residual + SiLU(sum of the partial sums + bias). Rows of the residual may lie apart; so many rows of `out`
+    after another share one."""
     splits, rows, size = partial_SCd.shape
-    check("bias_d", bias_d, bias_d.dtype, size)
+    if bias_d is not None:
+        check("bias_d", bias_d, bias_d.dtype, size)
     check("out_Cd", out_Cd, residual_Cd.dtype, rows, size)
+    if len(residual_Cd) * sharing != rows:
+        raise ValueError(
+            f"{rows} rows of which {sharing} share one of the residual were given {len(residual_Cd)} of it"
+        )
     block = triton.next_power_of_2(size)
     _add_silu[(rows,)](
         partial_SCd, bias_d, residual_Cd, out_Cd, partial_SCd.stride(0), partial_SCd.stride(1), residual_Cd.stride(0),
-        D=size, S=splits, BD=block, PDL=pdl, num_warps=8 if block >= 2048 else 4, **options(pdl),
+        D=size, S=splits, BD=block, SHARING=sharing, HAS_BIAS=bias_d is not None, PDL=pdl,
+        num_warps=8 if block >= 2048 else 4, **options(pdl),
     )  # fmt: skip

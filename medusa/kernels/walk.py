@@ -21,7 +21,7 @@ from medusa.kernels.launch import await_inputs, options, packed_index
 from medusa.kernels.state import Drafts, Emitted, RowState, Trees
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_guessed"])
 def _walk(
     ROWS,
     START,
@@ -37,12 +37,14 @@ def _walk(
     NUM_OUTPUT,
     REMAINING,
     LIVE,
+    NUM_GUESSED,
     OUT,
     PATH,
     NUM,
     LAST,
     FINISHED,
     M,
+    num_guessed,
     X,
     N: tl.constexpr,
     BN: tl.constexpr,
@@ -82,11 +84,11 @@ def _walk(
         node = tl.where(child < N, child, node)
     commit(
         b, row, start, live, emitted, path, length, STOP, MIN_TOKENS, LENGTH, ROOT, NUM_OUTPUT, REMAINING, LIVE,
-        OUT, PATH, NUM, LAST, FINISHED, M, E, D, BD, BE,
+        NUM_GUESSED, OUT, PATH, NUM, LAST, FINISHED, M, num_guessed, E, D, BD, BE,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_guessed"])
 def _walk_typical(
     ROWS,
     START,
@@ -108,12 +110,14 @@ def _walk_typical(
     NUM_OUTPUT,
     REMAINING,
     LIVE,
+    NUM_GUESSED,
     OUT,
     PATH,
     NUM,
     LAST,
     FINISHED,
     M,
+    num_guessed,
     N: tl.constexpr,
     BN: tl.constexpr,
     E: tl.constexpr,
@@ -160,7 +164,7 @@ def _walk_typical(
     length = deepest + 1
     commit(
         b, row, start, live, emitted, path, length, STOP, MIN_TOKENS, LENGTH, ROOT, NUM_OUTPUT, REMAINING, LIVE,
-        OUT, PATH, NUM, LAST, FINISHED, M, E, D, BD, BE,
+        NUM_GUESSED, OUT, PATH, NUM, LAST, FINISHED, M, num_guessed, E, D, BD, BE,
     )  # fmt: skip
 
 
@@ -173,11 +177,13 @@ def walk(
     state: RowState,
     out: Emitted,
     *,
+    num_guessed: int = 0,
     pdl: bool = False,
 ) -> None:
     """Exact acceptance: writes every element of `out`; moves length, root, num_output, remaining and live on in place.
 
-    `samples` are `sample`'s packed [M, X] int64, or a token a node, [M] int64. A live row occurs once in `rows_B`.
+    `samples` are `sample`'s packed [M, X] int64, or a token a node, [M] int64. A live row occurs once in `rows_B`;
+    `num_guessed` heads guess after it, now or when the next step begins.
     Dead and padding sequences emit nothing and change nothing.
     """
     num_nodes = trees.parent_RN.shape[1]
@@ -194,6 +200,7 @@ def walk(
         trees.parent_RN,
         *outputs(state, out),
         drafts.num_nodes,
+        num_guessed,
         splits,
         N=num_nodes,
         BN=triton.next_power_of_2(num_nodes),
@@ -217,6 +224,7 @@ def walk_typical(
     state: RowState,
     out: Emitted,
     *,
+    num_guessed: int = 0,
     pdl: bool = False,
 ) -> None:
     """Typical acceptance, with `walk`'s outputs. `kept_M` (bool) and `score_M` (float32, a path's log-probability) are
@@ -244,6 +252,7 @@ def walk_typical(
         state.exact_R,
         *outputs(state, out),
         drafts.num_nodes,
+        num_guessed,
         N=num_nodes,
         BN=triton.next_power_of_2(num_nodes),
         **sizes(state, out),

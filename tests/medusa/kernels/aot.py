@@ -297,6 +297,8 @@ CASES: list[Case] = [
             D=6656,
             S=splits,
             BD=8192,
+            SHARING=[1, 4],
+            HAS_BIAS=[False, True],
             num_warps=8,
         )
     ),

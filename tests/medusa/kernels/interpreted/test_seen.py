@@ -53,6 +53,16 @@ def test_a_block_in_bfloat16_adds_what_came_in_float32():
     torch.testing.assert_close(out, residual + torch.nn.functional.silu(added), rtol=2e-2, atol=0.1)
 
 
+def test_rows_of_several_heads_share_one_of_the_residual():
+    partial, residual = random(1, 6, SIZE), random(2, SIZE, seed=1)
+    out = torch.empty(6, SIZE)
+    seen.add_silu(partial, None, residual, out, sharing=3)
+    expected = residual.repeat_interleave(3, 0) + torch.nn.functional.silu(partial[0])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="6 rows of which 2 share one of the residual were given 2"):
+        seen.add_silu(partial, None, residual, out, sharing=2)
+
+
 def test_wrong_buffers_are_named():
     with pytest.raises(ValueError, match="embedded_CJd must be a contiguous torch.float32"):
         seen.see(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from medusa.kernels.walk import walk, walk_typical
 
 CPU = torch.device("cpu")
 SHAPES = [dict(), dict(batch=2), dict(batch=17, heads=2), dict(room=128, heads=5, width=2), dict(room=192, stops=1)]
+
+
+NUM_GUESSED = 9  # that no row begins with
 
 
 def prepare(make_step, seed, shape, *, vocab=4):
@@ -50,7 +53,7 @@ def clipped(state, row, emitted):
 def expect(step, before, out, drafts, accepted_of):
     """Checks outputs and state of every sequence; returns how many tokens were emitted."""
     emitted_in_all, touched = 0, set()
-    for b, row, nodes, tree in sequences(step, drafts):
+    for b, row, nodes, tree in sequences(replace(step, state=before), drafts):
         if not before.live_R[row]:
             continue
         accepted = accepted_of(row, nodes, tree)
@@ -68,6 +71,7 @@ def expect(step, before, out, drafts, accepted_of):
         assert int(state.remaining_R[row]) == int(before.remaining_R[row]) - num
         assert int(state.root_R[row]) == kept[-1]
         assert int(state.live_R[row]) == (finished == 0)
+        assert int(state.num_guessed_R[row]) == NUM_GUESSED
         emitted_in_all += num
         touched.add(row)
     for b, row in enumerate(step.rows_B.tolist()):
@@ -90,7 +94,7 @@ def test_walk_equals_accept(make_step, shape):
         if not step.num_flat:
             continue
         before, out = step.copy_state(), step.emitted(shape.get("heads", 3) + 1)
-        walk(step.rows_B, step.count_B, drafts, samples, step.trees, step.state, out)
+        walk(step.rows_B, step.count_B, drafts, samples, step.trees, step.state, out, num_guessed=NUM_GUESSED)
 
         def exact(row, nodes, tree, drafts=drafts, samples=samples):
             drawn = samples[nodes][None]
@@ -149,7 +153,9 @@ def test_typical_walk_equals_its_formula(make_step, shape, root):
         kept, score = judge(logits, drafts, step.trees, state, cuts, epsilon=rule.epsilon, delta=rule.delta)
         drawn_from = distribution(logits, drafts, state, cuts)
         before, out = step.copy_state(), step.emitted(shape.get("heads", 3) + 1)
-        walk_typical(step.rows_B, step.count_B, drafts, samples, kept, score, step.trees, state, out)
+        walk_typical(
+            step.rows_B, step.count_B, drafts, samples, kept, score, step.trees, state, out, num_guessed=NUM_GUESSED
+        )
 
         def formula(row, nodes, tree, before=before, drafts=drafts, samples=samples, drawn_from=drawn_from):
             tokens, drawn, logits = drafts.tokens_M[nodes][None], samples[nodes][None], drawn_from[nodes][None]
