@@ -22,8 +22,9 @@ class AttentionPlan:
     """How a step's attention is cut: splits of a sequence (a tree's last one takes the step's own nodes alone), query
     rows and cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps,
     teams of one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values
-    under way, the most splits that are merged without a launch of their own, and the warpgroups of a program where Hopper's own
-    kernel takes it (ring_attention.py; 0: Triton's), whose other numbers but the splits are fixed."""
+    under way, the most splits that are merged without a launch of their own, and the warpgroups of a program where
+    Hopper's own kernel takes it (ring_attention.py; 0: Triton's), which merges any splits and whose other numbers are
+    fixed."""
 
     splits: int
     rows: int
@@ -74,8 +75,8 @@ class AttentionPlan:
     ) -> AttentionPlan:
         """A plan for trees or for chains. Those for trees were the fastest of what was tried in graphs of a 7B decoder
         on a Hopper GPU, at the shapes of docs/performance.md; heads of more than 128 were not timed. `warpgroups`:
-        whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do. `ring`: whether its own kernel
-        can read the pages.
+        whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do. `ring`: whether its own
+        kernel can read the pages.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
         plan spills registers with heads of up to 256 in 16 bits, on an A100 either.

@@ -6,8 +6,10 @@
 // and writes the step's own nodes and attends to them under their ancestor bits.
 //
 // Where a program has a multiprocessor for itself it has three warpgroups: two take the cached tiles in turns, the third
-// the own nodes; each keeps an online softmax of its own, and they are put together at the end. Otherwise it has one, whose
-// own nodes take the ring's first place.
+// the own nodes; each keeps an online softmax of its own, and the first of them takes up the others' at the end. Otherwise
+// it has one, whose own nodes take the ring's first place.
+//
+// The programs of a tile are a cluster. Each sends what it found of a row to the program that puts this row together.
 //
 // The launcher defines WARPGROUPS, STAGES, AHEAD, PDL, GROUP (query heads a key-value head), SPLITS and PAGE (tokens).
 // Shapes: as in attention_kernel.py; the head size is 128.
@@ -20,9 +22,15 @@ constexpr int PROGRAMS = WARPGROUPS == 1 ? 2 : 1;  // a multiprocessor's
 constexpr int THREADS = WARPGROUPS == 1 ? 160 : 512;  // three warpgroups get the registers of a fourth, the loader's
 constexpr int CACHED = WARPGROUPS == 1 ? 1 : 2;    // warpgroups that take cached tiles
 constexpr int QUERY_STEPS = ROWS * 8 / (CACHED * 128), OWN_STEPS = ROWS * 8 / 128;
-constexpr int SUMS_STRIDE = SIZE + 4;  // floats of a row of sums: no two rows of a warp's share a bank
+
+// Four threads, a quad, have two rows of what a warpgroup found: of each eight channels, a block, a thread has two.
+constexpr int QUADS = ROWS / 2, BLOCKS = SIZE / 8;
+constexpr int TAKEN = (QUADS + SPLITS - 1) / SPLITS;  // quads whose rows a program puts together
+constexpr u32 BLOCK_BYTES = TAKEN * 64 + 16;          // eight blocks of a quad lie in different banks
+constexpr u32 ENDS = BLOCKS * BLOCK_BYTES;            // then the rows' peaks and totals
+constexpr u32 PART_BYTES = ENDS + TAKEN * 16;
 #define MINUS_INFINITY __int_as_float(0xff800000)
-static_assert(STAGES * STAGE_BYTES >= WARPGROUPS * ROWS * SUMS_STRIDE * 4, "sums are put together where the tiles were");
+static_assert((STAGES - 1) * STAGE_BYTES >= SPLITS * PART_BYTES, "rows are put together where the tiles were");
 
 struct Shared {
     u32 ring, query, barriers;  // addresses
@@ -34,6 +42,11 @@ struct Shared {
     __device__ u32 filled(int stage) const { return barriers + stage * 16; }
     __device__ u32 freed(int stage) const { return barriers + stage * 16 + 8; }
     __device__ u32 released() const { return barriers + STAGES * 16; }
+
+    // What the other warpgroups leave for the first, and the programs of a cluster for one another.
+    __device__ u32 left_by(int group) const { return group == 1 ? keys(0) : own_keys(); }
+    __device__ u32 ends_left_by(int group) const { return barriers + (STAGES + 1) * 16 + (group - 1) * 128 * 16; }
+    __device__ u32 part(int split) const { return keys(1) + split * PART_BYTES; }
 };
 
 struct Share {
@@ -85,6 +98,16 @@ __device__ __forceinline__ u32 swizzled(u32 half_tile, int row, int unit) { retu
 
 __device__ __forceinline__ void put(u32 to, uint4 value) {
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
+
+__device__ __forceinline__ void put(u32 to, float4 value) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
+}
+
+__device__ __forceinline__ float4 get(u32 from) {
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(from) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ float low_of(u32 pair) { return widened((u16)pair); }
@@ -160,12 +183,14 @@ __device__ __forceinline__ void place_queries(const Shared& at, const Share& of,
     }
 }
 
+__device__ __forceinline__ void warpgroup_meets() { asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory"); }
+
 // Zeros for what lies past a sequence's end, for a weight of zero times anything else might not be zero.
 __device__ __forceinline__ void clear_values(u32 values, int first) {
     for (int unit = threadIdx.x % 128; unit < (TOKENS - first) * 16; unit += 128)
         put(values + unit % 2 * HALF_BYTES + (first + unit / 16) * ROW_BYTES + unit % 16 / 2 * 16, uint4{});
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory");
+    warpgroup_meets();
 }
 
 struct Pages {
@@ -293,73 +318,131 @@ __device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, co
     }
 }
 
+// Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
 __device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUPS * 128) : "memory"); }
+__device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-__device__ __forceinline__ void write_sums(const Softmax& own, float* sums, float* peaks, float* totals) {
-    const int group = threadIdx.x / 128, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    float* to = sums + group * ROWS * SUMS_STRIDE;
+// A warpgroup's sums for the thread that has the same rows and channels in the first.
+__device__ __forceinline__ void leave(const Softmax& own, const Shared& at) {
+    const u32 group = threadIdx.x / 128, thread = threadIdx.x % 128 * 16;
 #pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-        float total = own.total[lower];
-        total += __shfl_xor_sync(~0u, total, 1);
-        total += __shfl_xor_sync(~0u, total, 2);
-        if (threadIdx.x % 4 == 0) peaks[group * ROWS + row + lower * 8] = own.peak[lower], totals[group * ROWS + row + lower * 8] = total;
+    for (int block = 0; block < BLOCKS; ++block) {
+        const float* found = own.found + block * 4;
+        put(at.left_by(group) + block * 128 * 16 + thread, make_float4(found[0], found[1], found[2], found[3]));
+    }
+    put(at.ends_left_by(group) + thread, make_float4(own.peak[0], own.total[0], own.peak[1], own.total[1]));
+}
+
+__device__ __forceinline__ void take_up(Softmax& own, const Shared& at, int group) {
+    const u32 thread = threadIdx.x % 128 * 16;
+    const float4 ends = get(at.ends_left_by(group) + thread);
+    const float peaks[2] = {ends.x, ends.z}, totals[2] = {ends.y, ends.w};
+    float mine[2], its[2];
 #pragma unroll
-        for (int j = 0; j < SIZE / 8; ++j) {
-            const int channel = j * 8 + threadIdx.x % 4 * 2;
-            *reinterpret_cast<float2*>(to + (row + lower * 8) * SUMS_STRIDE + channel) = make_float2(own.found[j * 4 + lower * 2], own.found[j * 4 + lower * 2 + 1]);
-        }
+    for (int row = 0; row < 2; ++row) {
+        const float peak = fmaxf(own.peak[row], peaks[row]);
+        mine[row] = exp2_of(own.peak[row] - peak), its[row] = exp2_of(peaks[row] - peak);
+        own.total[row] = own.total[row] * mine[row] + totals[row] * its[row];
+        own.peak[row] = peak;
+    }
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+        if (block == BLOCKS / 2) __syncwarp();  // not all loads at once, for which there are too few registers
+        const float4 value = get(at.left_by(group) + block * 128 * 16 + thread);
+        float* found = own.found + block * 4;
+        found[0] = found[0] * mine[0] + value.x * its[0], found[1] = found[1] * mine[0] + value.y * its[0];
+        found[2] = found[2] * mine[1] + value.z * its[1], found[3] = found[3] * mine[1] + value.w * its[1];
     }
 }
 
-// The warpgroups' sums put together, four channels a thread at a time.
-__device__ __forceinline__ void write_found(
-    const Share& of, const float* sums, const float* peaks, const float* totals, int heads, int num_nodes, u16* out, long out_node,
-    long out_head, float* part, float* lse) {
-    for (int unit = threadIdx.x; unit < ROWS * SIZE / 4; unit += WARPGROUPS * 128) {
-        const int r = unit / (SIZE / 4), channel = unit % (SIZE / 4) * 4;
-        const int node = (of.tile * ROWS + r) / GROUP;
-        if (node >= of.count) break;
-        float peak = -1e30f;
+// The first of a quad's rows in the tile; the other is the eighth below.
+__device__ __forceinline__ int row_of(int quad) { return quad / 8 * 16 + quad % 8; }
+
+__device__ __forceinline__ void put_there(u32 to, float4 value) {
+    if constexpr (SPLITS == 1) put(to, value);
+    else asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
+}
+
+// A program's sums to the programs that put their rows together.
+__device__ __forceinline__ void send(const Softmax& own, const Shared& at, const Share& of) {
+    const int quad = threadIdx.x / 4;
+    float total[2];
 #pragma unroll
-        for (int group = 0; group < WARPGROUPS; ++group) peak = fmaxf(peak, peaks[group * ROWS + r]);
-        float total = 0.0f, a = 0.0f, b = 0.0f, c = 0.0f, d = 0.0f;
+    for (int row = 0; row < 2; ++row) {
+        total[row] = own.total[row] + __shfl_xor_sync(~0u, own.total[row], 1);
+        total[row] += __shfl_xor_sync(~0u, total[row], 2);
+    }
+    if ((of.tile * ROWS + row_of(quad)) / GROUP >= of.count) return;
+    u32 to = at.part(SPLITS == 1 ? 0 : blockIdx.z);
+    if constexpr (SPLITS > 1) asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at.part(blockIdx.z)), "r"(quad % SPLITS));
+    const u32 sums = to + quad / SPLITS * 64 + threadIdx.x % 4 * 16;
 #pragma unroll
-        for (int group = 0; group < WARPGROUPS; ++group) {
-            const float weight = exp2_of(peaks[group * ROWS + r] - peak);
-            const float4 its = *reinterpret_cast<const float4*>(sums + (group * ROWS + r) * SUMS_STRIDE + channel);
-            total += weight * totals[group * ROWS + r];
-            a += weight * its.x, b += weight * its.y, c += weight * its.z, d += weight * its.w;
+    for (int block = 0; block < BLOCKS; ++block) {
+        const float* found = own.found + block * 4;
+        put_there(sums + block * BLOCK_BYTES, make_float4(found[0], found[1], found[2], found[3]));
+    }
+    if (threadIdx.x % 4 == 0) put_there(to + ENDS + quad / SPLITS * 16, make_float4(own.peak[0], total[0], own.peak[1], total[1]));
+}
+
+// Rows put together: a thread has a block of both rows of a quad.
+__device__ __forceinline__ void write_found(const Shared& at, const Share& of, u16* out, long out_node, long out_head) {
+    const int block = threadIdx.x % BLOCKS;
+    for (int taken = threadIdx.x / BLOCKS; taken < TAKEN; taken += WARPGROUPS * 128 / BLOCKS) {
+        const int quad = SPLITS == 1 ? taken : taken * SPLITS + blockIdx.z, first = of.tile * ROWS + row_of(quad);
+        if (quad >= QUADS || first / GROUP >= of.count) break;
+        float4 ends[SPLITS];
+        float peak[2] = {-1e30f, -1e30f}, total[2] = {}, found[2][8] = {};
+#pragma unroll
+        for (int split = 0; split < SPLITS; ++split) {
+            ends[split] = get(at.part(split) + ENDS + taken * 16);
+            peak[0] = fmaxf(peak[0], ends[split].x), peak[1] = fmaxf(peak[1], ends[split].z);
         }
-        const float share = total > 0.0f ? __fdividef(1.0f, total) : 0.0f;
-        const long flat = of.start + node;
-        const int head = of.head_kv * GROUP + (of.tile * ROWS + r) % GROUP;
-        if (SPLITS == 1) {
-            *reinterpret_cast<uint2*>(out + flat * out_node + head * out_head + channel) = make_uint2(packed(a * share, b * share), packed(c * share, d * share));
-        } else {
-            const long at = ((long)blockIdx.z * num_nodes + flat) * heads + head;
-            *reinterpret_cast<float4*>(part + at * SIZE + channel) = make_float4(a * share, b * share, c * share, d * share);
-            if (channel == 0) lse[at] = total > 0.0f ? peak + log2f(total) : MINUS_INFINITY;
+#pragma unroll
+        for (int split = 0; split < SPLITS; ++split) {
+            const float weights[2] = {exp2_of(ends[split].x - peak[0]), exp2_of(ends[split].z - peak[1])};
+            total[0] += weights[0] * ends[split].y, total[1] += weights[1] * ends[split].w;
+#pragma unroll
+            for (int pair = 0; pair < 4; ++pair) {
+                const float4 value = get(at.part(split) + block * BLOCK_BYTES + taken * 64 + pair * 16);
+                found[0][pair * 2] += weights[0] * value.x, found[0][pair * 2 + 1] += weights[0] * value.y;
+                found[1][pair * 2] += weights[1] * value.z, found[1][pair * 2 + 1] += weights[1] * value.w;
+            }
+        }
+#pragma unroll
+        for (int lower = 0; lower < 2; ++lower) {
+            const int row = first + lower * 8, node = row / GROUP;
+            if (node >= of.count) break;
+            const float share = total[lower] > 0.0f ? __fdividef(1.0f, total[lower]) : 0.0f;
+            u32 pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[i] = packed(found[lower][i * 2] * share, found[lower][i * 2 + 1] * share);
+            write(out + (of.start + node) * out_node + (of.head_kv * GROUP + row % GROUP) * out_head + block * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
         }
     }
 }
 
 constexpr u32 QUERY_AT = STAGES * STAGE_BYTES;
 constexpr u32 BARRIERS_AT = QUERY_AT + (WARPGROUPS == 1 ? 1 : 3) * TILE_BYTES;
-constexpr u32 PEAKS_AT = BARRIERS_AT + (STAGES + 1) * 16;
 
-extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) ring_attention(
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(1, 1, SPLITS)
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS) ring_attention(
     const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, const u16* qkv, const long* position_M,
     const u16* cos, const u16* sin, long angle_stride, int heads, int groups, u16* keys, u16* values,
     const int* rows_B, const int* start_B, const int* count_B, const long* length_R, const int* tables_RP, const long* bits_RN,
-    u16* out, float* part, float* lse, float scale, long out_node, long out_head, long page_stride, long token_stride,
-    long head_stride, long table_stride, int num_kept, int num_words, int num_nodes, int tiles) {
+    u16* out, float scale, long out_node, long out_head, long page_stride, long token_stride,
+    long head_stride, long table_stride, int num_kept, int num_words, int tiles) {
     extern __shared__ __align__(1024) char memory[];
     const u32 base = shared_address(memory);
     if (base % 1024) __trap();
     const Shared at{base, base + QUERY_AT, base + BARRIERS_AT};
-    float* peaks = reinterpret_cast<float*>(memory + PEAKS_AT);
-    float* totals = peaks + WARPGROUPS * ROWS;
     const int b = blockIdx.x / tiles;
     Share of;
     of.tile = blockIdx.x % tiles, of.head_kv = blockIdx.y, of.has_own = blockIdx.z == SPLITS - 1;
@@ -381,6 +464,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) ring_attention(
     if (threadIdx.x >= WARPGROUPS * 128) {
         if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
         if (is_needed && threadIdx.x < WARPGROUPS * 128 + 32) load(at, of, &key_map, &value_map, table, (int)table_stride);
+        if (SPLITS > 1 && is_needed) cluster_arrive(), cluster_wait(), cluster_arrive(), cluster_wait();  // as the others do
         return;
     }
     if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
@@ -403,8 +487,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, PROGRAMS) ring_attention(
     Softmax own{{-1e30f, -1e30f}, {}, {}};
     if (has_own) attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
     if (WARPGROUPS == 1 || !has_own) attend_cached(own, at, of, scale);
+    if (WARPGROUPS > 1 && has_own) warpgroup_meets(), leave(own, at);  // where its tile was
+    if (SPLITS > 1) cluster_arrive_relaxed();  // it has but read
     all_attending();  // every tile has been read
-    write_sums(own, reinterpret_cast<float*>(memory), peaks, totals);
-    all_attending();
-    write_found(of, reinterpret_cast<float*>(memory), peaks, totals, heads, num_nodes, out, out_node, out_head, part, lse);
+    if constexpr (WARPGROUPS > 1) {
+        if (group == 1) leave(own, at);
+        if (group == 0 && of.has_own) take_up(own, at, 2);
+        if (group < CACHED) all_cached();
+        if (group == 0) take_up(own, at, 1);
+    }
+    if (SPLITS > 1) cluster_wait();  // the other programs' too
+    if (group == 0) send(own, at, of);
+    if (SPLITS > 1) cluster_arrive(), cluster_wait();
+    else all_attending();
+    write_found(at, of, out, out_node, out_head);
 }

@@ -1,8 +1,9 @@
 """Attention of trees over pages on Hopper that keeps memory busy: launches ring_attention.cu.
 
-Triton's loops (attention_kernel.py) read a sequence's keys and values for twice as long as memory takes, once tiles have
-64 rows of queries, and begin when the projections have ended. Here a warp of its own loads, and before that. The plain
-twin is attention_kernel.py.
+Triton's loops (attention_kernel.py) read a sequence's keys and values for twice as long as memory takes, once tiles
+have 64 rows of queries, and begin when the projections have ended. Here a warp of its own loads, and before that, and
+the splits of a sequence are merged within the launch: their programs are a cluster. The plain twin is
+attention_kernel.py.
 
 Shapes: as in attention.py.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medusa.kernels.attention_plan import MAX_ROWS, AttentionPlan, Rotation, Scratch, Visible
+from medusa.kernels.attention_plan import FEW_SPLITS, MAX_ROWS, AttentionPlan, Rotation, Visible
 from medusa.kernels.hopper import HALF_TYPES, has_compiler, launch, source_of, tensor_map
 from medusa.kernels.launch import has_warpgroups
 
@@ -37,6 +38,10 @@ class AttentionKernel:
     pdl: bool
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.splits <= FEW_SPLITS:
+            raise ValueError(f"a cluster has 1 to {FEW_SPLITS} programs, got {self.splits} splits")
+
     @property
     def name(self) -> str:
         return "ring_attention"
@@ -49,7 +54,8 @@ class AttentionKernel:
     def shared_bytes(self) -> int:
         stages, tile = STAGES[self.warpgroups], TOKENS * SIZE * 2
         tiles = 2 * stages + (1 if self.warpgroups == 1 else 3)  # the queries, and what is attended to beside the ring
-        return tiles * tile + (stages + 1) * 16 + 2 * self.warpgroups * MAX_ROWS * 4  # barriers; rows' peaks and sums
+        left = (self.warpgroups - 1) * 128 * 16  # peaks and totals of threads
+        return tiles * tile + (stages + 1) * 16 + left  # between them the barriers
 
     @property
     def source(self) -> str:
@@ -98,18 +104,19 @@ def ring_attention(
     visible: Visible,
     plan: AttentionPlan,
     out_MHD: torch.Tensor,
-    scratch: Scratch,
     scaling: float,
     rotation: Rotation,
     *,
     pdl: bool,
 ) -> None:
-    """As `attend` with a rotation, for trees of up to 64 nodes, without window or cap. With splits, what they found is
-    left in `scratch`."""
+    """As `attend` with a rotation, for trees of up to 64 nodes, without window or cap; rows of `out_MHD` start at
+    multiples of 16 bytes."""
     assert visible.bits_RNW is not None
     if not qkv_MHD.is_contiguous():
         raise ValueError(f"queries, keys and values must lie together, got strides {qkv_MHD.stride()}")
-    (num_nodes, heads, _), (_, num_pages, page_size, groups, _) = out_MHD.shape, cache_layer.shape
+    if out_MHD.data_ptr() % 16 or out_MHD.stride(0) % 8 or out_MHD.stride(1) % 8 or out_MHD.stride(2) != 1:
+        raise ValueError(f"rows of the result must start at multiples of 16 bytes, got strides {out_MHD.stride()}")
+    heads, (_, num_pages, page_size, groups, _) = out_MHD.shape[1], cache_layer.shape
     kernel = AttentionKernel(plan.ring, heads // groups, plan.splits, page_size, pdl, out_MHD.dtype)
     _, page, token, head, _ = cache_layer.stride()
     maps = [
@@ -120,11 +127,11 @@ def ring_attention(
     pointer, number, long = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int, ctypes.c_long
     arguments = [
         *maps, pointer(qkv_MHD), pointer(rotation.position_M), pointer(rotation.cos_TD), pointer(rotation.sin_TD),
-        long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]), pointer(cache_layer[1]), pointer(visible.rows_B),
-        pointer(visible.start_B), pointer(visible.count_B), pointer(visible.length_R), pointer(visible.tables_RP),
-        pointer(visible.bits_RNW), pointer(out_MHD), pointer(scratch.part), pointer(scratch.lse),
+        long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]), pointer(cache_layer[1]),
+        pointer(visible.rows_B), pointer(visible.start_B), pointer(visible.count_B), pointer(visible.length_R),
+        pointer(visible.tables_RP), pointer(visible.bits_RNW), pointer(out_MHD),
         ctypes.c_float(scaling * _LOG2_E), long(out_MHD.stride(0)), long(out_MHD.stride(1)), long(page), long(token),
         long(head), long(visible.tables_RP.stride(0)), number(visible.bits_RNW.shape[1]),
-        number(visible.bits_RNW.shape[2]), number(num_nodes), number(tiles),
+        number(visible.bits_RNW.shape[2]), number(tiles),
     ]  # fmt: skip
     launch(kernel, out_MHD.device.index, (visible.rows_B.shape[0] * tiles, groups, plan.splits), arguments)

@@ -1,5 +1,5 @@
-"""Attention by a ring of tiles: its plans, its compilation for Hopper without a GPU, and on a Hopper GPU what it computes,
-against the plain twin and against Triton's kernel."""
+"""Attention by a ring of tiles: its compilation for Hopper without a GPU, and on a Hopper GPU what it computes, against
+the plain twin and against Triton's kernel."""
 
 from __future__ import annotations
 
@@ -25,11 +25,17 @@ LENGTHS = (0, 1, 63, 64, 65, 200, 441)
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("warpgroups", [1, 3])
-@pytest.mark.parametrize(("group", "splits"), [(1, 1), (4, 4), (7, 2)])
-def test_it_compiles_without_spills(group, splits, warpgroups, dtype):
+@pytest.mark.parametrize(("group", "splits"), [(1, 1), (1, 3), (4, 4), (7, 2), (7, 8)])
+def test_it_compiles(group, splits, warpgroups, dtype):
     kernel = AttentionKernel(warpgroups, group, splits, 64, True, dtype)
     assert compiled(kernel).startswith(b"\x7fELF")
     assert kernel.shared_bytes <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("splits", [0, 9])
+def test_splits_that_no_cluster_has_are_refused(splits):
+    with pytest.raises(ValueError, match=f"1 to 8 programs, got {splits} splits"):
+        AttentionKernel(3, 1, splits, 64, True, torch.bfloat16)
 
 
 class HalfBatch(Batch):
@@ -61,7 +67,7 @@ class HalfBatch(Batch):
             *(torch.tensor(values, dtype=torch.int32).cuda() for values in (self.rows, self.starts, self.counts)),
             self.length.cuda(), self.tables.cuda(), self.bits.cuda(), self.depth.cuda(),
         )  # fmt: skip
-        room = splits * len(self.query)
+        room = 1 if ring else splits * len(self.query)  # the ring's programs meet elsewhere
         scratch = Scratch(
             torch.full((room, self.heads, 128), float("nan")).cuda(),
             torch.full((room, self.heads), float("nan")).cuda(),
@@ -88,7 +94,7 @@ def _rotated(heads_MHD, cos, sin):
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("splits", "warpgroups"), [(1, 3), (2, 3), (4, 3), (1, 1), (3, 1)])
+@pytest.mark.parametrize(("splits", "warpgroups"), [(s, w) for s in (1, 2, 3, 4, 8) for w in (3, 1)])
 @pytest.mark.parametrize(
     ("counts", "shape"),
     [
