@@ -227,6 +227,26 @@ __device__ __forceinline__ void place_own(
     }
 }
 
+// Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
+__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUPS * 128) : "memory"); }
+__device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// The tensor cores find the queries, and for the warpgroup that attends to them the own nodes, which no other waits for.
+__device__ __forceinline__ void wait_for_operands(const Share& of) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if constexpr (WARPGROUPS == 1) {
+        all_attending();
+    } else if (threadIdx.x < CACHED * 128) {
+        if (of.has_own) asm volatile("bar.arrive 6, %0;" ::"n"(WARPGROUPS * 128) : "memory");
+        all_cached();
+    } else if (of.has_own) {
+        asm volatile("bar.sync 6, %0;" ::"n"(WARPGROUPS * 128) : "memory");
+    }
+}
+
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_and_wait() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
@@ -317,13 +337,6 @@ __device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, co
         if (threadIdx.x % 32 == 0) barrier_arrive(at.freed(stage));
     }
 }
-
-// Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
-__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUPS * 128) : "memory"); }
-__device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // A warpgroup's sums for the thread that has the same rows and channels in the first.
 __device__ __forceinline__ void leave(const Softmax& own, const Shared& at) {
@@ -482,8 +495,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS) ring_att
     if (!is_needed) return;
     if (has_queries) place_queries(at, of, nodes, query_angles);
     if (has_own) place_own(at, of, nodes, last, own_angles, {keys, values, table, page_stride, token_stride, head_stride});
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    all_attending();
+    wait_for_operands(of);
     Softmax own{{-1e30f, -1e30f}, {}, {}};
     if (has_own) attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
     if (WARPGROUPS == 1 || !has_own) attend_cached(own, at, of, scale);
