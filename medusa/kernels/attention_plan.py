@@ -14,6 +14,8 @@ MAX_SPLITS = 64
 FEW_SPLITS = 8  # beyond which there are more only where there would be fewer programs than processors
 IN_PLACE = 4  # splits of a small tile at most that the last of them to arrive merges
 MAX_ROWS = 64  # query rows of a tile
+CLUSTERS = (8, 4, 3, 2)  # splits that programs of a cluster merge
+MAX_PARTS = 8  # of a Hopper GPU, where clusters run
 TILE_BYTES = 136 * 1024  # of keys and values that a program may have under way: what an A100 has room for
 
 
@@ -90,7 +92,7 @@ class AttentionPlan:
         if chain:
             return cls._of_chains(programs, rows, max_nodes, processors)
         if ring and rows == MAX_ROWS and max_nodes <= 64 and programs <= processors:
-            return cls(min(FEW_SPLITS, processors // programs), rows, 64, max_nodes, merged_in_place=1, ring=3)
+            return cls(_clustered_splits(programs, processors), rows, 64, max_nodes, merged_in_place=1, ring=3)
         cut = cls._of_small_tiles if rows == 16 else cls._of_large_tiles
         return cut(programs, max_nodes, processors)
 
@@ -140,6 +142,14 @@ def _few_splits(programs: int, processors: int) -> int:
     if splits > FEW_SPLITS:
         return max(FEW_SPLITS, min(MAX_SPLITS, _power_of_two(processors / programs)))
     return splits
+
+
+def _clustered_splits(programs: int, processors: int) -> int:
+    """The most for which all clusters of so many programs, each with a multiprocessor to itself, run at once. A cluster
+    stays within a part of the GPU (GPC), and GPUs of a kind differ in how many multiprocessors of each part are off: an
+    even number of them is on, of which clusters leave at most the remainder that is counted here."""
+    fitting = {s: (processors - MAX_PARTS * ((s - 1) // 2 * 2)) // s for s in CLUSTERS}
+    return next((s for s in CLUSTERS if programs <= fitting[s]), 1)
 
 
 def _power_of_two(most: float) -> int:

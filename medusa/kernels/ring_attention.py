@@ -127,9 +127,9 @@ def ring_attention(
     pointer, number, long = (lambda t: ctypes.c_void_p(t.data_ptr())), ctypes.c_int, ctypes.c_long
     arguments = [
         *maps, pointer(qkv_MHD), pointer(rotation.position_M), pointer(rotation.cos_TD), pointer(rotation.sin_TD),
-        long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]), pointer(cache_layer[1]),
-        pointer(visible.rows_B), pointer(visible.start_B), pointer(visible.count_B), pointer(visible.length_R),
-        pointer(visible.tables_RP), pointer(visible.bits_RNW), pointer(out_MHD),
+        long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]),
+        pointer(cache_layer[1]), pointer(visible.rows_B), pointer(visible.start_B), pointer(visible.count_B),
+        pointer(visible.length_R), pointer(visible.tables_RP), pointer(visible.bits_RNW), pointer(out_MHD),
         ctypes.c_float(scaling * _LOG2_E), long(out_MHD.stride(0)), long(out_MHD.stride(1)), long(page), long(token),
         long(head), long(visible.tables_RP.stride(0)), number(visible.bits_RNW.shape[1]),
         number(visible.bits_RNW.shape[2]), number(tiles),

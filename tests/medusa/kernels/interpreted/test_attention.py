@@ -126,12 +126,25 @@ def test_plans_stay_within_their_scratch():
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
-def plan_of(heads, groups, batch, nodes, *, head_size=128, processors=132, warpgroups=True):
+def plan_of(heads, groups, batch, nodes, *, head_size=128, processors=132, warpgroups=True, ring=False):
     return AttentionPlan.of(
         batch_size=batch, num_nodes=batch * nodes, max_nodes=64 if nodes > 16 else nodes, chain=False,
         group=heads // groups, num_kv_heads=groups, head_size=head_size, processors=processors,
-        warpgroups=warpgroups,
+        warpgroups=warpgroups, ring=ring,
     )  # fmt: skip
+
+
+def test_clusters_of_a_ring_run_at_once():
+    """By sequences: on 132 multiprocessors, 6 parts of 18 and 2 of 12, clusters of 8, 4, 3 and 2 fit 14, 30, 44 and 66
+    times."""
+    fit = {8: 14, 4: 30, 3: 44, 2: 66, 1: 132}
+    for heads, batch, splits in [
+        (8, 1, 8), (28, 1, 4), (32, 1, 3), (40, 1, 2), (32, 2, 2), (32, 3, 1), (32, 4, 1)
+    ]:  # fmt: skip
+        plan = plan_of(heads, heads, batch, 64, ring=True)
+        assert (plan.ring, plan.splits) == (3, splits), (heads, batch)
+        assert heads * batch <= fit[splits]
+    assert plan_of(32, 32, 5, 64, ring=True).ring == 0
 
 
 def test_tiles_and_splits_follow_the_room_on_the_gpu():
