@@ -145,7 +145,9 @@ struct Nodes {
 };
 
 __device__ __forceinline__ uint4 read(const u16* from) { return *reinterpret_cast<const uint4*>(from); }
-__device__ __forceinline__ void write(u16* to, uint4 value) { *reinterpret_cast<uint4*>(to) = value; }
+__device__ __forceinline__ void write(u16* to, uint4 value) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
+}
 
 struct Angles {
     uint4 cos, sin;
