@@ -1,7 +1,7 @@
 """Kernels in CUDA's C++ for Hopper: compiled for a shape at run time, cached on disk, and launched.
 
-Triton has no stable way to say that a warp of its own loads by the hardware's tensor copies. The few kernels that gain by
-it have a plain twin in Triton, which every other device takes.
+Triton has no stable way to say that a warp of its own loads by the hardware's tensor copies. The few kernels that gain
+by it have a plain twin in Triton, which every other device takes.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Kernel(Protocol):
     def pdl(self) -> bool:
         """Whether it may start while the kernel ahead of it ends."""
         ...
+
+    def __hash__(self) -> int: ...
 
 
 def source_of(name: str, defined: dict[str, int | str], dtype: torch.dtype, *functions: str) -> str:
