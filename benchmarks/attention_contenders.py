@@ -16,6 +16,7 @@ from benchmarks.stepping import ACCURACY
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.launch import has_warpgroups
+from medusa.kernels.ring_attention import has_ring
 from medusa.kernels.rope import rope_write
 from medusa.kernels.tree_attention import PagedTree
 from medusa.tree import grow
@@ -169,7 +170,8 @@ class Contender:
 
 
 def medusa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
-    """This project's kernel, cut as an engine cuts it whose largest tree has the shape's nodes."""
+    """This project's kernel, cut as an engine cuts it whose largest tree has the shape's nodes. By a ring, where there
+    is one, only if it writes: a ring always does."""
     shape = problem.shape
     plan = AttentionPlan.of(
         batch_size=shape.batch,
@@ -181,6 +183,7 @@ def medusa(problem: Problem, *, pdl: bool, writes: bool) -> Contender:
         head_size=shape.head_size,
         processors=problem.processors,
         warpgroups=has_warpgroups(problem.device),
+        ring=writes and has_ring(problem.cache),
     )
     scratch = Scratch.of(heads=shape.heads, size=shape.head_size, processors=problem.processors, device=problem.device)
     rotation = Rotation(problem.position_M, problem.cos_TD, problem.sin_TD) if writes else None

@@ -12,9 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import attending, hardware
+from benchmarks import attending, attention_contenders, hardware
 from benchmarks.attending import AttentionConfig, time_attention
 from benchmarks.attention_contenders import Contender, Problem, Shape, error, medusa, packed_mask, sdpa, xqa
+from medusa.kernels import ring_attention
 
 CPU = torch.device("cpu")
 SHAPES = [
@@ -101,6 +102,31 @@ def test_an_error_shows() -> None:
     assert off(gathered, problem) < 2e-5
     problem.cache[0, :, problem.tables_BP[1, 0].long()] += 1
     assert off(gathered, problem) > 0.1  # what it is compared with is read from the cache
+
+
+@pytest.mark.parametrize(
+    ("head_size", "dtype", "writes", "by_ring"),
+    [
+        (128, torch.bfloat16, True, True),
+        (128, torch.bfloat16, False, False),
+        (128, torch.float32, True, False),
+        (64, torch.bfloat16, True, False),
+    ],
+)
+def test_own_kernel_is_the_one_that_an_engine_runs(
+    head_size: int, dtype: torch.dtype, writes: bool, by_ring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Hopper that is a ring, which writes keys and values itself."""
+    launched = []
+    for module in (attention_contenders, ring_attention):
+        monkeypatch.setattr(module, "has_warpgroups", lambda _: True)
+    monkeypatch.setattr(ring_attention, "has_compiler", lambda: True)
+    monkeypatch.setattr(
+        attention_contenders, "attend", lambda queries, cache, visible, plan, *_, **__: launched.append(plan)
+    )
+    shape = Shape(batch=1, nodes=64, heads=4, groups=2, context=100, head_size=head_size)
+    medusa(Problem(shape, layers=1, dtype=dtype, device=CPU), pdl=False, writes=writes).launch(0)
+    assert [(plan.rows, plan.ring > 0) for plan in launched] == [(64, by_ring)]
 
 
 def test_masks_are_packed_by_16_bits() -> None:

@@ -1,4 +1,4 @@
-"""What the kernels in CUDA's C++ share: sources, compilation for Hopper without a GPU, code kept on disk, tensor maps and
+"""What the kernels in CUDA's C++ share: sources, compilation for Hopper without a GPU, code kept on disk, tensor maps,
 launches. The driver's functions are stood in for; the kernels' own tests launch them on a Hopper GPU."""
 
 from __future__ import annotations

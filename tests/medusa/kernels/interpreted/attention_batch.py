@@ -67,13 +67,15 @@ class Batch:
         token = torch.arange(first, first + count)
         return slice(None), self.tables[row, token // self.page_size].long(), token % self.page_size
 
-    def run(self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, fresh=False, stuck=None, **options):
+    def run(
+        self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, ring=0, fresh=False, stuck=None, **options
+    ):  # fmt: skip
         """The kernel's result. Rows of no sequence, and those between, must have been left alone, and the cache be what
         it was; with `fresh` the launch rotates, and puts the nodes' keys and values there, by itself. The `stuck`
         counter of splits starts so high that nobody merges these."""
         plan = AttentionPlan(
             splits, rows, columns, max(self.counts), warps=warps, teams=warps if rows < 64 else 1,
-            merged_in_place=merged_in_place,
+            merged_in_place=merged_in_place, ring=ring,
         )  # fmt: skip
         visible = Visible(
             *(torch.tensor(values, dtype=torch.int32) for values in (self.rows, self.starts, self.counts)),

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from medusa.kernels import attention as module
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from tests.medusa.kernels.interpreted.attention_batch import Batch
@@ -105,6 +106,10 @@ def test_tiles_of_any_size_and_strided_queries():
         assert_found(found, expected)
 
 
+# Of plans: for chains, on a GPU with products of warpgroups, by a ring.
+KINDS = [(False, False, False), (False, True, False), (False, True, True), (True, False, False), (True, True, False)]
+
+
 def test_plans_stay_within_their_scratch():
     """For all sizes of steps that an engine has: 7B to 70B models, GPUs of 84 to 148 processors."""
     for heads, groups in [(32, 32), (32, 8), (52, 52), (64, 8), (28, 4), (8, 1), (4, 2)]:
@@ -113,12 +118,11 @@ def test_plans_stay_within_their_scratch():
             for batch in (1, 2, 3, 7, 12, 64, 256):
                 for max_nodes in (1, 4, 16, 64, 128, 512, 1024):
                     sizes = {batch, 2 * batch, batch * max_nodes, 2 * batch * max_nodes - 1}
-                    for num_nodes, chain, warpgroups, size in itertools.product(sizes, *3 * [(False, True)]):
-                        size = 256 if size else 128
+                    for num_nodes, (chain, warpgroups, ring), size in itertools.product(sizes, KINDS, (128, 256)):
                         plan = AttentionPlan.of(
                             batch_size=batch, num_nodes=num_nodes, max_nodes=max_nodes, chain=chain,
                             group=heads // groups, num_kv_heads=groups, head_size=size, processors=processors,
-                            warpgroups=warpgroups,
+                            warpgroups=warpgroups, ring=ring,
                         )  # fmt: skip
                         tiles = -(-max_nodes * heads // groups // plan.rows)
                         if plan.splits > 1 and num_nodes < 2 * batch * max_nodes:
@@ -126,9 +130,12 @@ def test_plans_stay_within_their_scratch():
                             assert not plan.merges or batch * tiles * groups <= len(scratch.arrived)
 
 
-def plan_of(heads, groups, batch, nodes, *, head_size=128, processors=132, warpgroups=True, ring=False):
+def plan_of(
+    heads, groups, batch, nodes, *,
+    max_nodes=None, chain=False, head_size=128, processors=132, warpgroups=True, ring=False,
+):  # fmt: skip
     return AttentionPlan.of(
-        batch_size=batch, num_nodes=batch * nodes, max_nodes=64 if nodes > 16 else nodes, chain=False,
+        batch_size=batch, num_nodes=batch * nodes, max_nodes=max_nodes or (64 if nodes > 16 else nodes), chain=chain,
         group=heads // groups, num_kv_heads=groups, head_size=head_size, processors=processors,
         warpgroups=warpgroups, ring=ring,
     )  # fmt: skip
@@ -175,6 +182,77 @@ def test_tiles_and_splits_follow_the_room_on_the_gpu():
 def test_gpus_without_products_of_warpgroups_have_small_tiles():
     for sizes in [(32, 32, 1, 64), (32, 32, 4, 32), (32, 8, 1, 16)]:
         assert plan_of(*sizes, processors=108, warpgroups=False).rows == 16
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ((32, 32, 1, 32), {}),
+        ((32, 32, 1, 64), {}),
+        ((32, 8, 1, 16), {}),
+        ((32, 8, 16, 16), {}),  # 128 programs
+        ((32, 8, 1, 17), {"max_nodes": 64}),  # two tiles a key-value head
+        ((32, 32, 4, 32), {}),
+        ((33, 33, 4, 32), {}),  # a program for every processor
+        ((28, 4, 1, 9), {}),
+    ],
+)
+def test_large_tiles_of_trees_go_by_a_ring_where_there_is_one(sizes, how):
+    plan = plan_of(*sizes, **how, ring=True)
+    assert (plan.ring > 0, plan.rows, plan.merges) == (True, 64, False)  # its splits are left for the second launch
+    assert plan.max_nodes == plan_of(*sizes, **how).max_nodes
+    assert plan_of(*sizes, **how).ring == 0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ((32, 32, 1, 16), {}),  # tiles of 16 rows
+        ((32, 8, 1, 4), {}),
+        ((32, 32, 1, 64), {"warpgroups": False}),
+        ((32, 32, 1, 64), {"chain": True}),
+        ((32, 32, 1, 64), {"max_nodes": 65}),
+        ((32, 32, 1, 64), {"head_size": 256}),
+        ((34, 34, 4, 32), {}),  # 136 programs
+        ((32, 32, 4, 32), {"processors": 114}),
+        ((32, 32, 2, 64), {"processors": 63}),
+    ],
+)
+def test_other_attention_is_cut_as_without_a_ring(sizes, how):
+    plan = plan_of(*sizes, **how, ring=True)
+    assert plan.ring == 0 and plan == plan_of(*sizes, **how)
+
+
+class TakenByTheRing(Exception):
+    pass
+
+
+def taken(*_, **__):
+    raise TakenByTheRing
+
+
+RING = dict(splits=2, rows=64, merged_in_place=1, ring=3)
+
+
+@pytest.mark.parametrize(
+    ("fresh", "options"),
+    [(True, dict(window=9)), (True, dict(softcap=1.5)), (True, dict(window=9, softcap=1.5)), (False, {})],
+)
+def test_what_a_ring_does_not_know_is_tritons_whatever_the_plan(fresh, options, monkeypatch):
+    """Windows, caps, and keys that are written already."""
+    monkeypatch.setattr(module, "ring_attention", taken)
+    batch = Batch(5, [24, 3], heads=4, groups=2, size=16)
+    expected = batch.expected(**options)
+    assert_found(batch.run(**RING, fresh=fresh, **options), expected)
+    assert not options or not torch.allclose(expected[:27], batch.expected()[:27], atol=1e-2)
+
+
+def test_a_plan_for_a_ring_is_launched_as_one(monkeypatch):
+    monkeypatch.setattr(module, "ring_attention", taken)
+    batch = Batch(5, [24, 3], heads=4, groups=2, size=16)
+    with pytest.raises(TakenByTheRing):
+        batch.run(**RING, fresh=True)
+    assert_found(batch.run(**RING | {"ring": 0}, fresh=True), batch.expected())
 
 
 def test_large_heads_have_no_teams():
