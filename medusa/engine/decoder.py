@@ -107,6 +107,11 @@ class FusedDecoder:
         self._buffers: dict[int, Buffers] = {}
         self.pdl = supports_pdl(cache.device)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether attention itself rotates and writes in all layers, and sees all of a sequence."""
+        return all(layer.window is None and layer.head_norms is None for layer in self._layers)
+
     def __call__(self, nodes: StepNodes) -> torch.Tensor:
         is_chain = nodes.visible.bits_RNW is None
         # Those of prompts go back to the allocator, or to their graphs' pool: chunks of many sizes would add up.

@@ -22,13 +22,14 @@ class Layers:
         self._processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
         )
-        self._warpgroups, self._ring = has_warpgroups(device), has_ring(pages)
+        self._warpgroups = has_warpgroups(device)
         scratch = Scratch.of(heads=heads, size=self._head_size, processors=self._processors, device=device)
         self.decoder: Decoder = (
             FusedDecoder(backbone, pages, scratch, max_positions)
             if can_fuse(backbone)
             else ModuleDecoder(backbone, pages, scratch)
         )
+        self._ring = isinstance(self.decoder, FusedDecoder) and self.decoder.is_plain and has_ring(pages)
 
     def __call__(self, drafts: Drafts, visible: Visible, max_nodes: int) -> torch.Tensor:
         """Hidden states [M, d]; keys and values are in the pages then."""

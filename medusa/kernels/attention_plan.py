@@ -24,9 +24,8 @@ class AttentionPlan:
     """How a step's attention is cut: splits of a sequence (a tree's last one takes the step's own nodes alone), query
     rows and cached tokens a tile, the most nodes that one sequence brings and how many of them a tile takes, warps,
     teams of one warp that divide a tile's tokens (1: its warps work on all of them together), tiles of keys and values
-    under way, the most splits that are merged without a launch of their own, and the warpgroups of a program where
-    Hopper's own kernel takes it (ring_attention.py; 0: Triton's), which merges any splits and whose other numbers are
-    fixed."""
+    under way, the most splits that are merged without a launch of their own, and whether Hopper's own kernel takes it
+    (ring_attention.py), which merges any splits and whose other numbers are fixed."""
 
     splits: int
     rows: int
@@ -37,7 +36,7 @@ class AttentionPlan:
     teams: int = 1
     ahead: int = 1
     merged_in_place: int = IN_PLACE
-    ring: int = 0
+    ring: bool = False
 
     def __post_init__(self) -> None:
         if self.teams not in (1, 2, 4) or (
@@ -78,7 +77,7 @@ class AttentionPlan:
         """A plan for trees or for chains. Those for trees were the fastest of what was tried in graphs of a 7B decoder
         on a Hopper GPU, at the shapes of docs/performance.md; heads of more than 128 were not timed. `warpgroups`:
         whether the GPU multiplies tiles of 64 rows by four warps at once, as Hopper's do. `ring`: whether its own
-        kernel can read the pages.
+        kernel can read the pages and knows what the model asks of attention.
 
         Tiles fit sequences of up to twice the average of the `num_nodes`; one of more nodes takes several tiles. No
         plan spills registers with heads of up to 256 in 16 bits, on an A100 either.
@@ -91,8 +90,10 @@ class AttentionPlan:
             return cls._of_large_heads(programs, rows, max_nodes, processors)
         if chain:
             return cls._of_chains(programs, rows, max_nodes, processors)
-        if ring and rows == MAX_ROWS and max_nodes <= 64 and programs <= processors:
-            return cls(_clustered_splits(programs, processors), rows, 64, max_nodes, merged_in_place=1, ring=3)
+        large = heads * triton.cdiv(packed, MAX_ROWS)
+        if ring and max_nodes <= MAX_ROWS and large <= processors:
+            splits = _clustered_splits(large, processors)
+            return cls(splits, MAX_ROWS, 64, max_nodes, merged_in_place=1, ring=True)
         cut = cls._of_small_tiles if rows == 16 else cls._of_large_tiles
         return cut(programs, max_nodes, processors)
 

@@ -1,26 +1,22 @@
-// Attention of trees over pages on Hopper: one warp loads, warpgroups attend.
+// Attention of trees over pages on Hopper: one warp loads, three warpgroups attend.
 //
-// A program has a tile of 64 query rows (nodes times the query heads of one key-value head) and a share of the committed
-// tokens. The loader keeps a ring of STAGES tiles of 64 keys and values filled by tensor copies; no kernel just ahead
-// writes those, so it begins before that has ended, AHEAD at a time until then. The program of the last share also rotates
-// and writes the step's own nodes and attends to them under their ancestor bits.
-//
-// Where a program has a multiprocessor for itself it has three warpgroups: two take the cached tiles in turns, the third
-// the own nodes; each keeps an online softmax of its own, and the first of them takes up the others' at the end. Otherwise
-// it has one, whose own nodes take the ring's first place.
+// A program has a tile of 64 query rows (nodes times the query heads of one key-value head), a share of the committed
+// tokens, and a multiprocessor for itself. The loader keeps a ring of STAGES tiles of 64 keys and values filled by tensor
+// copies; no kernel just ahead writes those, so it begins before that has ended, AHEAD at a time until then. Two warpgroups
+// take the tiles in turns. The third, in the program of the last share, rotates and writes the step's own nodes and attends
+// to them under their ancestor bits. Each keeps an online softmax of its own, and the first takes up the others' at the end.
 //
 // The programs of a tile are a cluster. Each sends what it found of a row to the program that puts this row together.
 //
-// The launcher defines WARPGROUPS, STAGES, AHEAD, PDL, GROUP (query heads a key-value head), SPLITS and PAGE (tokens).
+// The launcher defines STAGES, AHEAD, PDL, GROUP (query heads a key-value head), SPLITS (shares) and PAGE (tokens).
 // Shapes: as in attention_kernel.py; the head size is 128.
 
 constexpr int ROWS = 64, TOKENS = 64, SIZE = 128;
 constexpr u32 HALF_BYTES = 64 * ROW_BYTES;  // of a tile: 64 of 128 channels
 constexpr u32 TILE_BYTES = 2 * HALF_BYTES;
 constexpr u32 STAGE_BYTES = 2 * TILE_BYTES;  // keys and values
-constexpr int PROGRAMS = WARPGROUPS == 1 ? 2 : 1;  // a multiprocessor's
-constexpr int THREADS = WARPGROUPS == 1 ? 160 : 512;  // three warpgroups get the registers of a fourth, the loader's
-constexpr int CACHED = WARPGROUPS == 1 ? 1 : 2;    // warpgroups that take cached tiles
+constexpr int CACHED = 2, OWN = 2, LOADER = 3;  // warpgroups that take cached tiles; which takes the own nodes; and loads
+constexpr int ATTENDING = LOADER * 128, THREADS = ATTENDING + 128;
 constexpr int QUERY_STEPS = ROWS * 8 / (CACHED * 128), OWN_STEPS = ROWS * 8 / 128;
 
 // Four threads, a quad, have two rows of what a warpgroup found: of each eight channels, a block, a thread has two.
@@ -37,7 +33,7 @@ struct Shared {
 
     __device__ u32 keys(int stage) const { return ring + stage * STAGE_BYTES; }
     __device__ u32 values(int stage) const { return keys(stage) + TILE_BYTES; }
-    __device__ u32 own_keys() const { return WARPGROUPS == 1 ? keys(0) : query + TILE_BYTES; }
+    __device__ u32 own_keys() const { return query + TILE_BYTES; }
     __device__ u32 own_values() const { return own_keys() + TILE_BYTES; }
     __device__ u32 filled(int stage) const { return barriers + stage * 16; }
     __device__ u32 freed(int stage) const { return barriers + stage * 16 + 8; }
@@ -55,7 +51,6 @@ struct Share {
     bool has_own;
 
     __device__ int num_tiles() const { return (max(high - low, 0) + TOKENS - 1) / TOKENS; }
-    __device__ int first_place() const { return WARPGROUPS == 1 && has_own; }
 };
 
 struct Softmax {
@@ -75,17 +70,17 @@ __device__ __forceinline__ void load_tile(u32 to, u32 barrier, const TensorMap* 
 
 // A whole warp: its lanes find the pages, the first of them asks for the tiles.
 __device__ __forceinline__ void load(const Shared& at, const Share& of, const TensorMap* keys, const TensorMap* values, const int* table, int num_pages) {
-    const int lane = threadIdx.x % 32, first = of.first_place();
+    const int lane = threadIdx.x % 32;
     bool released = !PDL;
     int pages = 0;
     for (int i = 0; i < of.num_tiles(); ++i) {
         if (i % 32 == 0) pages = table[min((of.low + (i + lane) * TOKENS) / PAGE, num_pages - 1)];
         const int page = __shfl_sync(~0u, pages, i % 32);
-        const int place = first + i, stage = place % STAGES, token = of.low + i * TOKENS;
+        const int stage = i % STAGES, token = of.low + i * TOKENS;
         if (lane > 0) continue;
-        if (place >= STAGES) barrier_wait(at.freed(stage), (place / STAGES - 1) & 1);
+        if (i >= STAGES) barrier_wait(at.freed(stage), (i / STAGES - 1) & 1);
         else if (i >= AHEAD && !released) {
-            while (!(released = barrier_passed(at.released(), 0)) && !barrier_passed(at.filled(place - AHEAD), 0)) {}
+            while (!(released = barrier_passed(at.released(), 0)) && !barrier_passed(at.filled(i - AHEAD), 0)) {}
         }
         barrier_expect(at.filled(stage), STAGE_BYTES);
         load_tile(at.keys(stage), at.filled(stage), keys, token % PAGE, of.head_kv, page);
@@ -230,7 +225,7 @@ __device__ __forceinline__ void place_own(
 }
 
 // Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
-__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(WARPGROUPS * 128) : "memory"); }
+__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(ATTENDING) : "memory"); }
 __device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
@@ -239,13 +234,11 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 // The tensor cores find the queries, and for the warpgroup that attends to them the own nodes, which no other waits for.
 __device__ __forceinline__ void wait_for_operands(const Share& of) {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    if constexpr (WARPGROUPS == 1) {
-        all_attending();
-    } else if (threadIdx.x < CACHED * 128) {
-        if (of.has_own) asm volatile("bar.arrive 6, %0;" ::"n"(WARPGROUPS * 128) : "memory");
+    if (threadIdx.x < CACHED * 128) {
+        if (of.has_own) asm volatile("bar.arrive 6, %0;" ::"n"(ATTENDING) : "memory");
         all_cached();
     } else if (of.has_own) {
-        asm volatile("bar.sync 6, %0;" ::"n"(WARPGROUPS * 128) : "memory");
+        asm volatile("bar.sync 6, %0;" ::"n"(ATTENDING) : "memory");
     }
 }
 
@@ -326,14 +319,13 @@ __device__ __forceinline__ void attend_own(Softmax& own, const Shared& at, const
         bits[lower] = node < of.count ? bits_N[node * num_words] : 0;
     }
     attend(own, at.query, at.own_keys(), at.own_values(), scale, [&](int lower, int column) { return bits[lower] >> column & 1 && column < last; });
-    if (WARPGROUPS == 1 && threadIdx.x % 32 == 0) barrier_arrive(at.freed(0));
 }
 
 __device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, const Share& of, float scale) {
     const int first = threadIdx.x / 128;  // of the third, which takes none, past the last
     for (int i = first < CACHED ? first : of.num_tiles(); i < of.num_tiles(); i += CACHED) {
-        const int place = of.first_place() + i, stage = place % STAGES, left = of.high - of.low - i * TOKENS;
-        barrier_wait(at.filled(stage), (place / STAGES) & 1);
+        const int stage = i % STAGES, left = of.high - of.low - i * TOKENS;
+        barrier_wait(at.filled(stage), (i / STAGES) & 1);
         if (left < TOKENS) clear_values(at.values(stage), left);
         attend(own, at.query, at.keys(stage), at.values(stage), scale, [&](int, int column) { return column < left; });
         if (threadIdx.x % 32 == 0) barrier_arrive(at.freed(stage));
@@ -405,7 +397,7 @@ __device__ __forceinline__ void send(const Softmax& own, const Shared& at, const
 // Rows put together: a thread has a block of both rows of a quad.
 __device__ __forceinline__ void write_found(const Shared& at, const Share& of, u16* out, long out_node, long out_head) {
     const int block = threadIdx.x % BLOCKS;
-    for (int taken = threadIdx.x / BLOCKS; taken < TAKEN; taken += WARPGROUPS * 128 / BLOCKS) {
+    for (int taken = threadIdx.x / BLOCKS; taken < TAKEN; taken += ATTENDING / BLOCKS) {
         const int quad = SPLITS == 1 ? taken : taken * SPLITS + blockIdx.z, first = of.tile * ROWS + row_of(quad);
         if (quad >= QUADS || first / GROUP >= of.count) break;
         float4 ends[SPLITS];
@@ -440,7 +432,7 @@ __device__ __forceinline__ void write_found(const Shared& at, const Share& of, u
 }
 
 constexpr u32 QUERY_AT = STAGES * STAGE_BYTES;
-constexpr u32 BARRIERS_AT = QUERY_AT + (WARPGROUPS == 1 ? 1 : 3) * TILE_BYTES;
+constexpr u32 BARRIERS_AT = QUERY_AT + 3 * TILE_BYTES;  // the queries, and the own keys and values
 
 #if SPLITS > 1
 #define CLUSTER __cluster_dims__(1, 1, SPLITS)
@@ -448,7 +440,7 @@ constexpr u32 BARRIERS_AT = QUERY_AT + (WARPGROUPS == 1 ? 1 : 3) * TILE_BYTES;
 #define CLUSTER
 #endif
 
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS) ring_attention(
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) ring_attention(
     const __grid_constant__ TensorMap key_map, const __grid_constant__ TensorMap value_map, const u16* qkv, const long* position_M,
     const u16* cos, const u16* sin, long angle_stride, int heads, int groups, u16* keys, u16* values,
     const int* rows_B, const int* start_B, const int* count_B, const long* length_R, const int* tables_RP, const long* bits_RN,
@@ -465,27 +457,26 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS) ring_att
     const int share = ((of.length + SPLITS - 1) / SPLITS + TOKENS - 1) / TOKENS * TOKENS;
     of.low = SPLITS == 1 ? 0 : blockIdx.z * share, of.high = SPLITS == 1 ? of.length : min(of.low + share, of.length);
     const int* table = tables_RP + of.row * table_stride;
-    if (threadIdx.x == WARPGROUPS * 128) {
+    if (threadIdx.x == ATTENDING) {
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(at.filled(stage), 1);
             barrier_init(at.freed(stage), 4);  // each warp of the warpgroup that took it
         }
         barrier_init(at.released(), 1);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        if (of.first_place() > 0) barrier_arrive(at.filled(0));  // by the own nodes
     }
     __syncthreads();
     const bool is_needed = of.tile * ROWS < of.count * GROUP;
-    if (threadIdx.x >= WARPGROUPS * 128) {
-        if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-        if (is_needed && threadIdx.x < WARPGROUPS * 128 + 32) load(at, of, &key_map, &value_map, table, (int)table_stride);
+    if (threadIdx.x >= ATTENDING) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");  // for the others, who get 24 each
+        if (is_needed && threadIdx.x < ATTENDING + 32) load(at, of, &key_map, &value_map, table, (int)table_stride);
         if (SPLITS > 1 && is_needed) cluster_arrive(), cluster_wait(), cluster_arrive(), cluster_wait();  // as the others do
         return;
     }
-    if constexpr (WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
     const Nodes nodes{qkv, position_M, cos, sin, angle_stride, heads, groups};
     const int group = threadIdx.x / 128, last = min(of.count, ((of.tile + 1) * ROWS - 1) / GROUP + 1);
-    const bool has_queries = group < CACHED, has_own = of.has_own && group == WARPGROUPS - 1;
+    const bool has_queries = group < CACHED, has_own = of.has_own && group == OWN;
     Angles query_angles[QUERY_STEPS], own_angles[OWN_STEPS];
     if (has_queries) find_angles(query_angles, nodes, of, of.tile * ROWS, GROUP, of.count);
     if (has_own) find_angles(own_angles, nodes, of, 0, 1, last);
@@ -500,16 +491,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, PROGRAMS) ring_att
     wait_for_operands(of);
     Softmax own{{-1e30f, -1e30f}, {}, {}};
     if (has_own) attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
-    if (WARPGROUPS == 1 || !has_own) attend_cached(own, at, of, scale);
-    if (WARPGROUPS > 1 && has_own) warpgroup_meets(), leave(own, at);  // where its tile was
+    else attend_cached(own, at, of, scale);
+    if (has_own) warpgroup_meets(), leave(own, at);  // where its tile was
     if (SPLITS > 1) cluster_arrive_relaxed();  // it has but read
     all_attending();  // every tile has been read
-    if constexpr (WARPGROUPS > 1) {
-        if (group == 1) leave(own, at);
-        if (group == 0 && of.has_own) take_up(own, at, 2);
-        if (group < CACHED) all_cached();
-        if (group == 0) take_up(own, at, 1);
-    }
+    if (group == 1) leave(own, at);
+    if (group == 0 && of.has_own) take_up(own, at, OWN);
+    if (group < CACHED) all_cached();
+    if (group == 0) take_up(own, at, 1);
     if (SPLITS > 1) cluster_wait();  // the other programs' too
     if (group == 0) send(own, at, of);
     if (SPLITS > 1) cluster_arrive(), cluster_wait();

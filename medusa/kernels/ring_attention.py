@@ -22,16 +22,14 @@ from medusa.kernels.launch import has_warpgroups
 AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead has ended
 SIZE = 128  # of a head, the only one it takes
 TOKENS = 64  # of a tile
-STAGES = {3: 5, 1: 3}  # tiles of keys and values that a program of so many warpgroups has room for
+STAGES = 5  # tiles of keys and values that a program has room for
 _LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """What the kernel is compiled for: three warpgroups a program, or one where two programs share a multiprocessor;
-    query heads a key-value head, shares of a sequence, and tokens of a page."""
+    """What the kernel is compiled for: query heads a key-value head, shares of a sequence, and tokens of a page."""
 
-    warpgroups: int
     group: int
     splits: int
     page_size: int
@@ -48,20 +46,19 @@ class AttentionKernel:
 
     @property
     def threads(self) -> int:
-        return 160 if self.warpgroups == 1 else 512  # the loader, of three, is a warpgroup that gives registers away
+        return 4 * 128  # a warpgroup that loads, and gives registers away, and three that attend
 
     @property
     def shared_bytes(self) -> int:
-        stages, tile = STAGES[self.warpgroups], TOKENS * SIZE * 2
-        tiles = 2 * stages + (1 if self.warpgroups == 1 else 3)  # the queries, and what is attended to beside the ring
-        left = (self.warpgroups - 1) * 128 * 16  # peaks and totals of threads
-        return tiles * tile + (stages + 1) * 16 + left  # between them the barriers
+        tiles = 2 * STAGES + 3  # keys and values; the queries, and the own keys and values
+        barriers, ends = (STAGES + 1) * 16, 2 * 128 * 16  # peaks and totals of two warpgroups' threads
+        return tiles * TOKENS * SIZE * 2 + barriers + ends
 
     @property
     def source(self) -> str:
         defined: dict[str, int | str] = {
-            "WARPGROUPS": self.warpgroups, "STAGES": STAGES[self.warpgroups], "AHEAD": AHEAD, "PDL": int(self.pdl),
-            "GROUP": self.group, "SPLITS": self.splits, "PAGE": self.page_size,
+            "STAGES": STAGES, "AHEAD": AHEAD, "PDL": int(self.pdl), "GROUP": self.group, "SPLITS": self.splits,
+            "PAGE": self.page_size,
         }  # fmt: skip
         return source_of(self.name, defined, self.dtype, *_multiply(HALF_TYPES[self.dtype]))
 
@@ -117,7 +114,7 @@ def ring_attention(
     if out_MHD.data_ptr() % 16 or out_MHD.stride(0) % 8 or out_MHD.stride(1) % 8 or out_MHD.stride(2) != 1:
         raise ValueError(f"rows of the result must start at multiples of 16 bytes, got strides {out_MHD.stride()}")
     heads, (_, num_pages, page_size, groups, _) = out_MHD.shape[1], cache_layer.shape
-    kernel = AttentionKernel(plan.ring, heads // groups, plan.splits, page_size, pdl, out_MHD.dtype)
+    kernel = AttentionKernel(heads // groups, plan.splits, page_size, pdl, out_MHD.dtype)
     _, page, token, head, _ = cache_layer.stride()
     maps = [
         tensor_map(pages, [SIZE, page_size, groups, num_pages], [token, head, page], [TOKENS, TOKENS, 1, 1])

@@ -24,10 +24,9 @@ LENGTHS = (0, 1, 63, 64, 65, 200, 441)
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("warpgroups", [1, 3])
 @pytest.mark.parametrize(("group", "splits"), [(1, 1), (1, 3), (4, 4), (7, 2), (7, 8)])
-def test_it_compiles(group, splits, warpgroups, dtype):
-    kernel = AttentionKernel(warpgroups, group, splits, 64, True, dtype)
+def test_it_compiles(group, splits, dtype):
+    kernel = AttentionKernel(group, splits, 64, True, dtype)
     assert compiled(kernel).startswith(b"\x7fELF")
     assert kernel.shared_bytes <= SHARED_BYTES
 
@@ -35,7 +34,7 @@ def test_it_compiles(group, splits, warpgroups, dtype):
 @pytest.mark.parametrize("splits", [0, 9])
 def test_splits_that_no_cluster_has_are_refused(splits):
     with pytest.raises(ValueError, match=f"1 to 8 programs, got {splits} splits"):
-        AttentionKernel(3, 1, splits, 64, True, torch.bfloat16)
+        AttentionKernel(1, splits, 64, True, torch.bfloat16)
 
 
 class HalfBatch(Batch):
@@ -94,7 +93,7 @@ def _rotated(heads_MHD, cos, sin):
 @on_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("splits", "warpgroups"), [(s, w) for s in (1, 2, 3, 4, 8) for w in (3, 1)])
+@pytest.mark.parametrize("splits", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize(
     ("counts", "shape"),
     [
@@ -106,10 +105,10 @@ def _rotated(heads_MHD, cos, sin):
         ([30, 2], dict(groups=2, group=1, page_size=128)),
     ],
 )
-def test_equals_the_plain_twins(counts, shape, splits, warpgroups, dtype):
+def test_equals_the_plain_twins(counts, shape, splits, dtype):
     batch = HalfBatch(len(counts) + splits, counts, dtype, **shape)
-    found, cache = batch.on_gpu(splits, ring=warpgroups)
-    triton_found, triton_cache = batch.on_gpu(splits, ring=0)
+    found, cache = batch.on_gpu(splits, ring=True)
+    triton_found, triton_cache = batch.on_gpu(splits, ring=False)
     expected = batch.expected()
     used = sum(counts)
     tolerance = dict(atol=2e-2, rtol=2e-2) if dtype == torch.bfloat16 else dict(atol=3e-3, rtol=3e-3)
@@ -124,6 +123,6 @@ def test_equals_the_plain_twins(counts, shape, splits, warpgroups, dtype):
 @pytest.mark.gpu
 def test_rows_that_a_tile_has_room_for_change_nothing():
     one = HalfBatch(3, [20], torch.bfloat16, groups=2, group=1, lengths=(200,))
-    alone, _ = one.on_gpu(2, ring=3)
-    again, _ = one.on_gpu(2, ring=3, max_nodes=64)
+    alone, _ = one.on_gpu(2, ring=True)
+    again, _ = one.on_gpu(2, ring=True, max_nodes=64)
     assert torch.equal(alone[:20], again[:20])

@@ -68,7 +68,7 @@ class Batch:
         return slice(None), self.tables[row, token // self.page_size].long(), token % self.page_size
 
     def run(
-        self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, ring=0, fresh=False, stuck=None, **options
+        self, splits, *, rows=16, columns=32, warps=2, merged_in_place=2, ring=False, fresh=False, stuck=None, **options
     ):  # fmt: skip
         """The kernel's result. Rows of no sequence, and those between, must have been left alone, and the cache be what
         it was; with `fresh` the launch rotates, and puts the nodes' keys and values there, by itself. The `stuck`

@@ -149,9 +149,9 @@ def test_clusters_of_a_ring_run_at_once():
         (8, 1, 8), (28, 1, 4), (32, 1, 3), (40, 1, 2), (32, 2, 2), (32, 3, 1), (32, 4, 1)
     ]:  # fmt: skip
         plan = plan_of(heads, heads, batch, 64, ring=True)
-        assert (plan.ring, plan.splits) == (3, splits), (heads, batch)
+        assert (plan.ring, plan.splits) == (True, splits), (heads, batch)
         assert heads * batch <= fit[splits]
-    assert plan_of(32, 32, 5, 64, ring=True).ring == 0
+    assert not plan_of(32, 32, 5, 64, ring=True).ring
 
 
 def test_tiles_and_splits_follow_the_room_on_the_gpu():
@@ -195,21 +195,23 @@ def test_gpus_without_products_of_warpgroups_have_small_tiles():
         ((32, 32, 4, 32), {}),
         ((33, 33, 4, 32), {}),  # a program for every processor
         ((28, 4, 1, 9), {}),
+        ((32, 32, 1, 1), {}),  # few rows of a tile
+        ((32, 32, 4, 16), {}),
+        ((32, 8, 16, 1), {}),
     ],
 )
-def test_large_tiles_of_trees_go_by_a_ring_where_there_is_one(sizes, how):
+def test_trees_of_few_sequences_go_by_a_ring_where_there_is_one(sizes, how):
     plan = plan_of(*sizes, **how, ring=True)
-    assert (plan.ring > 0, plan.rows, plan.merges) == (True, 64, False)  # its splits are left for the second launch
+    assert (plan.ring, plan.rows) == (True, 64)
     assert plan.max_nodes == plan_of(*sizes, **how).max_nodes
-    assert plan_of(*sizes, **how).ring == 0
+    assert not plan_of(*sizes, **how).ring
 
 
 @pytest.mark.parametrize(
     ("sizes", "how"),
     [
-        ((32, 32, 1, 16), {}),  # tiles of 16 rows
-        ((32, 8, 1, 4), {}),
-        ((32, 32, 1, 64), {"warpgroups": False}),
+        ((32, 32, 5, 1), {}),  # 160 programs
+        ((32, 8, 17, 4), {}),
         ((32, 32, 1, 64), {"chain": True}),
         ((32, 32, 1, 64), {"max_nodes": 65}),
         ((32, 32, 1, 64), {"head_size": 256}),
@@ -220,7 +222,7 @@ def test_large_tiles_of_trees_go_by_a_ring_where_there_is_one(sizes, how):
 )
 def test_other_attention_is_cut_as_without_a_ring(sizes, how):
     plan = plan_of(*sizes, **how, ring=True)
-    assert plan.ring == 0 and plan == plan_of(*sizes, **how)
+    assert not plan.ring and plan == plan_of(*sizes, **how)
 
 
 class TakenByTheRing(Exception):
@@ -231,7 +233,7 @@ def taken(*_, **__):
     raise TakenByTheRing
 
 
-RING = dict(splits=2, rows=64, merged_in_place=1, ring=3)
+RING = dict(splits=2, rows=64, merged_in_place=1, ring=True)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_a_plan_for_a_ring_is_launched_as_one(monkeypatch):
     batch = Batch(5, [24, 3], heads=4, groups=2, size=16)
     with pytest.raises(TakenByTheRing):
         batch.run(**RING, fresh=True)
-    assert_found(batch.run(**RING | {"ring": 0}, fresh=True), batch.expected())
+    assert_found(batch.run(**RING | {"ring": False}, fresh=True), batch.expected())
 
 
 def test_large_heads_have_no_teams():
