@@ -26,6 +26,7 @@ constexpr u32 BLOCK_BYTES = TAKEN * 64 + 16;          // eight blocks of a quad 
 constexpr u32 ENDS = BLOCKS * BLOCK_BYTES;            // then the rows' peaks and totals
 constexpr u32 PART_BYTES = ENDS + TAKEN * 16;
 #define MINUS_INFINITY __int_as_float(0xff800000)
+static_assert(STAGES % CACHED == 0, "who waits for a tile must have had the one before it in the same place");
 static_assert((STAGES - 1) * STAGE_BYTES >= SPLITS * PART_BYTES, "rows are put together where the tiles were");
 
 struct Shared {

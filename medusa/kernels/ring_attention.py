@@ -11,6 +11,7 @@ Shapes: as in attention.py.
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ from medusa.kernels.launch import has_warpgroups
 AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead has ended
 SIZE = 128  # of a head, the only one it takes
 TOKENS = 64  # of a tile
-STAGES = 5  # tiles of keys and values that a program has room for
+STAGES = 4  # tiles of keys and values that a program has room for, each for one of two warpgroups
+SWITCH = "MEDUSA_RING_ATTENTION"
 _LOG2_E = 1.4426950408889634
 
 
@@ -84,10 +86,14 @@ def _multiply(half: str) -> tuple[str, str]:
 
 
 def has_ring(pages: torch.Tensor) -> bool:
-    """Whether the kernel can read the pages [..., page size, G, D]: on Hopper, 16 bits an element, and NVIDIA's
-    compiler and driver within reach."""
+    """Whether the kernel is asked for, by an environment variable, and can read the pages [..., page size, G, D]: on
+    Hopper, 16 bits an element, and NVIDIA's compiler and driver within reach.
+
+    It waits to be asked for because an engine's step of four sequences failed with it on a GPU (docs/performance.md).
+    """
     return (
-        has_warpgroups(pages.device)
+        os.environ.get(SWITCH) == "1"
+        and has_warpgroups(pages.device)
         and pages.dtype in HALF_TYPES
         and pages.shape[-1] == SIZE
         and pages.shape[-3] % TOKENS == 0

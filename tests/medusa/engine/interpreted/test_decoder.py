@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa.engine import layers
 from medusa.engine.decoder import FusedDecoder, ModuleDecoder, StepNodes, can_fuse, fuse
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
+from medusa.kernels.state import Drafts
 from medusa.model import Backbone
 from medusa.quantized_linear import quantize_linears
 
@@ -144,3 +146,25 @@ def test_a_model_that_was_fused_before_is_not_copied_again(quantization):
             assert one.data_ptr() == other.data_ptr()
             assert torch.equal(one, other)
     assert first.qkv_bias.data_ptr() == second.qkv_bias.data_ptr()
+
+
+class Planned(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "changes"), KINDS, ids=[f"{kind}{len(changes)}" for kind, changes in KINDS])
+@pytest.mark.parametrize("has_ring", [True, False])
+def test_layers_plan_for_a_ring_where_it_knows_all_that_is_asked(kind, changes, has_ring, monkeypatch):
+    """Not windows, nor heads that are normalised before."""
+
+    def planned(**how):
+        raise Planned(how["ring"])
+
+    monkeypatch.setattr(layers, "has_ring", lambda _: has_ring)
+    monkeypatch.setattr(layers.AttentionPlan, "of", planned)
+    backbone = backbone_of(kind, **changes)
+    pages = Pages(backbone)
+    count = torch.ones(1, dtype=torch.int32)
+    visible = Visible(count, count, count, pages.length, pages.tables, None, None)
+    with pytest.raises(Planned, match=str(has_ring and kind in ("llama", "qwen2"))):
+        layers.Layers(backbone, pages.data, 128)(Drafts.empty(1, 1, CPU), visible, 1)
