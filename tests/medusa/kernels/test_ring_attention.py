@@ -40,9 +40,16 @@ def test_splits_that_no_cluster_has_are_refused(splits):
 class HalfBatch(Batch):
     """A batch whose numbers are exact in 16 bits."""
 
-    def __init__(self, seed, counts, dtype, *, groups, group, lengths=LENGTHS, page_size=64):
+    def __init__(self, seed, counts, dtype, *, groups, group, lengths=LENGTHS, page_size=64, width=8):
         super().__init__(
-            seed, counts, heads=groups * group, groups=groups, size=128, page_size=page_size, lengths=lengths
+            seed,
+            counts,
+            heads=groups * group,
+            groups=groups,
+            size=128,
+            page_size=page_size,
+            lengths=lengths,
+            width=width,
         )
         self.dtype = dtype
         self.projected, self.cache = self._half(self.projected), self._half(self.cache)
@@ -103,6 +110,7 @@ def _rotated(heads_MHD, cos, sin):
         ([9, 20, 64], dict(groups=1, group=7)),
         ([1, 1, 1], dict(groups=3, group=2)),
         ([30, 2], dict(groups=2, group=1, page_size=128)),
+        ([32, 17, 1], dict(groups=2, group=1, lengths=(1000, 1025, 2049, 4200), width=70)),  # the ring many times over
     ],
 )
 def test_equals_the_plain_twins(counts, shape, splits, dtype):

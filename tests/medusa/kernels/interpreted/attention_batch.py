@@ -25,15 +25,15 @@ class Batch:
     """
 
     def __init__(
-        self, seed, counts, *, heads, groups, size, room=64, chain=False, page_size=32, lengths=LENGTHS
+        self, seed, counts, *, heads, groups, size, room=64, chain=False, page_size=32, lengths=LENGTHS, width=WIDTH
     ):  # fmt: skip
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         self.counts, self.chain, self.heads, self.size, self.page_size = counts, chain, heads, size, page_size
         num_rows, total = len(counts) + 2, sum(counts) + 3
         self.rows = rng.sample(range(num_rows - 1), len(counts))
         self.length = torch.tensor([rng.choice(lengths) for _ in range(num_rows - 1)] + [0])
-        pages = 1 + torch.randperm(num_rows * WIDTH, generator=generator)
-        self.tables = pages.view(num_rows, WIDTH).int()
+        pages = 1 + torch.randperm(num_rows * width, generator=generator)
+        self.tables = pages.view(num_rows, width).int()
         self.depth = torch.zeros(num_rows, room, dtype=torch.int32)
         self.ancestors = torch.eye(room, dtype=torch.bool).repeat(num_rows, 1, 1)
         for row in range(num_rows):
@@ -44,10 +44,10 @@ class Batch:
         bit = torch.ones(64, dtype=torch.int64) << torch.arange(64)
         self.bits = (self.ancestors.view(num_rows, room, room // 64, 64).long() * bit).sum(-1)
         self.projected = torch.randn(total, heads + 2 * groups, size, generator=generator)
-        self.rotation = Rotation(self._positions(), *_angles(size))
+        self.rotation = Rotation(self._positions(), *_angles(size, max(512, width * page_size)))
         query, key, value = self.projected.split([heads, groups, groups], 1)
         self.query, key = (_rotated(each, self.rotation) for each in (query, key))
-        self.cache = torch.full((2, num_rows * WIDTH + 1, page_size, groups, size), NAN)
+        self.cache = torch.full((2, num_rows * width + 1, page_size, groups, size), NAN)
         for row, nodes in self.sequences():
             length = int(self.length[row])
             self.cache[self.places(row, 0, length)] = torch.randn(2, length, groups, size, generator=generator)
@@ -126,9 +126,9 @@ class Batch:
         return position
 
 
-def _angles(size):
+def _angles(size, positions):
     """cos and sin of half a head's angles, in rows that lie further apart."""
-    angle = torch.arange(512)[:, None] / 100 ** torch.linspace(0, 1, size // 2)
+    angle = torch.arange(positions)[:, None] / 100 ** torch.linspace(0, 1, size // 2)
     return tuple(
         torch.cat([each, torch.full_like(each, NAN)], 1)[:, : size // 2] for each in (angle.cos(), angle.sin())
     )
