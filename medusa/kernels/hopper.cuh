@@ -11,7 +11,9 @@ struct alignas(128) TensorMap {
     char bytes[128];
 };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) { return static_cast<u32>(__cvta_generic_to_shared(pointer)); }
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -52,7 +54,9 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 }
 
 // Where the tensor cores find a tile: rows of 128 bytes, swizzled, eight rows apart 1,024 bytes.
-__device__ __forceinline__ u64 operand(u32 address) { return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | address >> 4; }
+__device__ __forceinline__ u64 operand(u32 address) {
+    return (u64)1 << 62 | (u64)(1024 >> 4) << 32 | (u64)1 << 16 | address >> 4;
+}
 
 __device__ __forceinline__ float widened(u16 value) {
 #if IS_BFLOAT

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ ROW_COLUMNS = 64  # of a tile in shared memory: 128 bytes of 16-bit numbers, a r
 HALF_TYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _FOLDER = Path(__file__).parent
 _OPTIONS = [b"-arch=sm_90a", b"-std=c++17"]
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _TENSOR_MAP_BYTES = 128  # and they start at multiples of that
 
 
@@ -53,12 +55,17 @@ class Kernel(Protocol):
 
 
 def source_of(name: str, defined: dict[str, int | str], dtype: torch.dtype, *functions: str) -> str:
-    """The text to compile: what is defined, what kernels share, functions written for the shape, and the file."""
+    """The text to compile: what is defined, what kernels share, functions written for the shape, and the file with the
+    parts that it includes."""
     half = HALF_TYPES[dtype]
     defined = {**defined, "HALF_TYPE": f'"{half}"', "IS_BFLOAT": int(half == "bf16")}
     lines = [f"#define {key} {value}" for key, value in defined.items()]
-    texts = [(_FOLDER / file).read_text(encoding="utf-8") for file in ("hopper.cuh", f"{name}.cu")]
-    return "\n".join([*lines, texts[0], *functions, texts[1]])
+    return "\n".join([*lines, _text("hopper.cuh"), *functions, _text(f"{name}.cu")])
+
+
+def _text(file: str) -> str:
+    text = (_FOLDER / file).read_text(encoding="utf-8")
+    return _INCLUDE.sub(lambda found: _text(found[1]), text)
 
 
 @functools.cache

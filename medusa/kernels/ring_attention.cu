@@ -59,6 +59,65 @@ struct Softmax {
     float found[SIZE / 2];    // [half of channels][eight of them][row][neighbour]
 };
 
+// Where unit `unit` (16 bytes) of a row of a half tile lies.
+__device__ __forceinline__ u32 swizzled(u32 half_tile, int row, int unit) {
+    return half_tile + row * ROW_BYTES + ((unit ^ (row & 7)) << 4);
+}
+
+__device__ __forceinline__ void put(u32 to, uint4 value) {
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void put(u32 to, float4 value) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ float4 get(u32 from) {
+    float4 value;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(from)
+                 : "memory");
+    return value;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float found;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
+    return found;
+}
+
+__device__ __forceinline__ void warpgroup_meets() {
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory");
+}
+
+// Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
+__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(ATTENDING) : "memory"); }
+__device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+// The tensor cores find the queries, and for the warpgroup that attends to them the own nodes, which no other waits for.
+__device__ __forceinline__ void wait_for_operands(const Share& of) {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (threadIdx.x < CACHED * 128) {
+        if (of.has_own) asm volatile("bar.arrive 6, %0;" ::"n"(ATTENDING) : "memory");
+        all_cached();
+    } else if (of.has_own) {
+        asm volatile("bar.sync 6, %0;" ::"n"(ATTENDING) : "memory");
+    }
+}
+
+#include "ring_attention_nodes.cuh"
+#include "ring_attention_merge.cuh"
+
 __device__ __forceinline__ void load_tile(u32 to, u32 barrier, const TensorMap* map, int token, int head, int page) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
@@ -70,7 +129,9 @@ __device__ __forceinline__ void load_tile(u32 to, u32 barrier, const TensorMap* 
 }
 
 // A whole warp: its lanes find the pages, the first of them asks for the tiles.
-__device__ __forceinline__ void load(const Shared& at, const Share& of, const TensorMap* keys, const TensorMap* values, const int* table, int num_pages) {
+__device__ __forceinline__ void load(
+    const Shared& at, const Share& of, const TensorMap* keys, const TensorMap* values, const int* table, int
+    num_pages) {
     const int lane = threadIdx.x % 32;
     bool released = !PDL;
     int pages = 0;
@@ -89,158 +150,12 @@ __device__ __forceinline__ void load(const Shared& at, const Share& of, const Te
     }
 }
 
-// Where unit `unit` (16 bytes) of a row of a half tile lies.
-__device__ __forceinline__ u32 swizzled(u32 half_tile, int row, int unit) { return half_tile + row * ROW_BYTES + ((unit ^ (row & 7)) << 4); }
-
-__device__ __forceinline__ void put(u32 to, uint4 value) {
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
-}
-
-__device__ __forceinline__ void put(u32 to, float4 value) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
-}
-
-__device__ __forceinline__ float4 get(u32 from) {
-    float4 value;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w) : "r"(from) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ float low_of(u32 pair) { return widened((u16)pair); }
-__device__ __forceinline__ float high_of(u32 pair) { return widened((u16)(pair >> 16)); }
-
-__device__ __forceinline__ void rotate_pair(u32& low, u32& high, u32 cos, u32 sin) {
-    const float a0 = low_of(low), a1 = high_of(low), b0 = low_of(high), b1 = high_of(high);
-    const float c0 = low_of(cos), c1 = high_of(cos), s0 = low_of(sin), s1 = high_of(sin);
-    low = packed(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1);
-    high = packed(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1);
-}
-
-// Eight channels of either half of a head, turned by their angles in float32 and rounded once.
-__device__ __forceinline__ void rotate(uint4& low, uint4& high, const uint4& cos, const uint4& sin) {
-    rotate_pair(low.x, high.x, cos.x, sin.x);
-    rotate_pair(low.y, high.y, cos.y, sin.y);
-    rotate_pair(low.z, high.z, cos.z, sin.z);
-    rotate_pair(low.w, high.w, cos.w, sin.w);
-}
-
-__device__ __forceinline__ float exp2_of(float x) {
-    float found;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(found) : "f"(x));
-    return found;
-}
-
-struct Nodes {
-    const u16* qkv;  // [M, H + 2G, SIZE]
-    const long* position;
-    const u16 *cos, *sin;  // [positions, SIZE / 2]
-    long angle_stride;
-    int heads, groups;
-
-    __device__ const u16* head(long node, int head) const { return qkv + (node * (heads + 2 * groups) + head) * SIZE; }
-};
-
-__device__ __forceinline__ uint4 read(const u16* from) { return *reinterpret_cast<const uint4*>(from); }
-__device__ __forceinline__ void write(u16* to, uint4 value) {
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w) : "memory");
-}
-
-struct Angles {
-    uint4 cos, sin;
-};
-
-__device__ __forceinline__ Angles angles_of(const Nodes& nodes, long flat, int unit) {
-    const long at = nodes.position[flat] * nodes.angle_stride + unit * 8;
-    return {read(nodes.cos + at), read(nodes.sin + at)};
-}
-
-// The node of each row that a thread turns: eight threads a row, each with 8 channels of either half.
-template <int STEPS>
-__device__ __forceinline__ void find_angles(Angles (&angles)[STEPS], const Nodes& nodes, const Share& of, int first, int group, int count) {
-    const int thread = threadIdx.x % (ROWS * 8 / STEPS);
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-        const int node = (first + thread / 8 + step * (ROWS / STEPS)) / group;
-        if (node < count) angles[step] = angles_of(nodes, of.start + node, thread % 8);
-    }
-}
-
-__device__ __forceinline__ void place_queries(const Shared& at, const Share& of, const Nodes& nodes, const Angles (&angles)[QUERY_STEPS]) {
-#pragma unroll
-    for (int step = 0; step < QUERY_STEPS; ++step) {
-        const int r = threadIdx.x / 8 + step * (ROWS / QUERY_STEPS), unit = threadIdx.x % 8;
-        const int node = (of.tile * ROWS + r) / GROUP;
-        uint4 low = {}, high = {};
-        if (node < of.count) {
-            const u16* from = nodes.head(of.start + node, of.head_kv * GROUP + (of.tile * ROWS + r) % GROUP) + unit * 8;
-            low = read(from), high = read(from + SIZE / 2);
-            rotate(low, high, angles[step].cos, angles[step].sin);
-        }
-        put(swizzled(at.query, r, unit), low);
-        put(swizzled(at.query + HALF_BYTES, r, unit), high);
-    }
-}
-
-__device__ __forceinline__ void warpgroup_meets() { asm volatile("bar.sync %0, 128;" ::"r"(2 + threadIdx.x / 128) : "memory"); }
-
 // Zeros for what lies past a sequence's end, for a weight of zero times anything else might not be zero.
 __device__ __forceinline__ void clear_values(u32 values, int first) {
     for (int unit = threadIdx.x % 128; unit < (TOKENS - first) * 16; unit += 128)
         put(values + unit % 2 * HALF_BYTES + (first + unit / 16) * ROW_BYTES + unit % 16 / 2 * 16, uint4{});
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     warpgroup_meets();
-}
-
-struct Pages {
-    u16 *keys, *values;
-    const int* table;  // of the sequence
-    long page, token, head;  // strides
-
-    __device__ long of(int position, int head_kv) const {
-        return table[position / PAGE] * page + position % PAGE * token + head_kv * head;
-    }
-};
-
-// The step's own nodes that the tile may look at; it writes those that are the tile's own to their pages.
-__device__ __forceinline__ void place_own(
-    const Shared& at, const Share& of, const Nodes& nodes, int last, const Angles (&angles)[OWN_STEPS], const Pages& pages) {
-    const int unit = threadIdx.x % 8;
-#pragma unroll
-    for (int step = 0; step < OWN_STEPS; ++step) {
-        const int j = threadIdx.x % 128 / 8 + step * (ROWS / OWN_STEPS);
-        uint4 low = {}, high = {}, value_low = {}, value_high = {};
-        if (j < last) {
-            const u16* key = nodes.head(of.start + j, nodes.heads + of.head_kv) + unit * 8;
-            const u16* value = key + nodes.groups * SIZE;
-            low = read(key), high = read(key + SIZE / 2), value_low = read(value), value_high = read(value + SIZE / 2);
-            rotate(low, high, angles[step].cos, angles[step].sin);
-            if (j >= of.tile * ROWS / GROUP) {
-                const long to = pages.of(of.length + j, of.head_kv) + unit * 8;
-                write(pages.keys + to, low), write(pages.keys + to + SIZE / 2, high);
-                write(pages.values + to, value_low), write(pages.values + to + SIZE / 2, value_high);
-            }
-        }
-        put(swizzled(at.own_keys(), j, unit), low), put(swizzled(at.own_keys() + HALF_BYTES, j, unit), high);
-        put(swizzled(at.own_values(), j, unit), value_low), put(swizzled(at.own_values() + HALF_BYTES, j, unit), value_high);
-    }
-}
-
-// Barriers of a program's warpgroups but the loader's, of those that take cached tiles, and of a cluster's every thread.
-__device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(ATTENDING) : "memory"); }
-__device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-// The tensor cores find the queries, and for the warpgroup that attends to them the own nodes, which no other waits for.
-__device__ __forceinline__ void wait_for_operands(const Share& of) {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    if (threadIdx.x < CACHED * 128) {
-        if (of.has_own) asm volatile("bar.arrive 6, %0;" ::"n"(ATTENDING) : "memory");
-        all_cached();
-    } else if (of.has_own) {
-        asm volatile("bar.sync 6, %0;" ::"n"(ATTENDING) : "memory");
-    }
 }
 
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -311,7 +226,8 @@ __device__ __forceinline__ void attend(Softmax& own, u32 query, u32 keys, u32 va
     keep_order<SIZE / 2>(own.found);
 }
 
-__device__ __forceinline__ void attend_own(Softmax& own, const Shared& at, const Share& of, int last, float scale, const long* bits_N, int num_words) {
+__device__ __forceinline__ void attend_own(
+    Softmax& own, const Shared& at, const Share& of, int last, float scale, const long* bits_N, int num_words) {
     u64 bits[2];
     const int row = of.tile * ROWS + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
@@ -319,7 +235,8 @@ __device__ __forceinline__ void attend_own(Softmax& own, const Shared& at, const
         const int node = (row + lower * 8) / GROUP;
         bits[lower] = node < of.count ? bits_N[node * num_words] : 0;
     }
-    attend(own, at.query, at.own_keys(), at.own_values(), scale, [&](int lower, int column) { return bits[lower] >> column & 1 && column < last; });
+    const auto seen = [&](int lower, int column) { return bits[lower] >> column & 1 && column < last; };
+    attend(own, at.query, at.own_keys(), at.own_values(), scale, seen);
 }
 
 __device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, const Share& of, float scale) {
@@ -330,105 +247,6 @@ __device__ __forceinline__ void attend_cached(Softmax& own, const Shared& at, co
         if (left < TOKENS) clear_values(at.values(stage), left);
         attend(own, at.query, at.keys(stage), at.values(stage), scale, [&](int, int column) { return column < left; });
         if (threadIdx.x % 32 == 0) barrier_arrive(at.freed(stage));
-    }
-}
-
-// A warpgroup's sums for the thread that has the same rows and channels in the first.
-__device__ __forceinline__ void leave(const Softmax& own, const Shared& at) {
-    const u32 group = threadIdx.x / 128, thread = threadIdx.x % 128 * 16;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-        const float* found = own.found + block * 4;
-        put(at.left_by(group) + block * 128 * 16 + thread, make_float4(found[0], found[1], found[2], found[3]));
-    }
-    put(at.ends_left_by(group) + thread, make_float4(own.peak[0], own.total[0], own.peak[1], own.total[1]));
-}
-
-__device__ __forceinline__ void take_up(Softmax& own, const Shared& at, int group) {
-    const u32 thread = threadIdx.x % 128 * 16;
-    const float4 ends = get(at.ends_left_by(group) + thread);
-    const float peaks[2] = {ends.x, ends.z}, totals[2] = {ends.y, ends.w};
-    float mine[2], its[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const float peak = fmaxf(own.peak[row], peaks[row]);
-        mine[row] = exp2_of(own.peak[row] - peak), its[row] = exp2_of(peaks[row] - peak);
-        own.total[row] = own.total[row] * mine[row] + totals[row] * its[row];
-        own.peak[row] = peak;
-    }
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-        if (block == BLOCKS / 2) __syncwarp();  // not all loads at once, for which there are too few registers
-        const float4 value = get(at.left_by(group) + block * 128 * 16 + thread);
-        float* found = own.found + block * 4;
-        found[0] = found[0] * mine[0] + value.x * its[0], found[1] = found[1] * mine[0] + value.y * its[0];
-        found[2] = found[2] * mine[1] + value.z * its[1], found[3] = found[3] * mine[1] + value.w * its[1];
-    }
-}
-
-// The first of a quad's rows in the tile; the other is the eighth below.
-__device__ __forceinline__ int row_of(int quad) { return quad / 8 * 16 + quad % 8; }
-
-__device__ __forceinline__ void put_there(u32 to, float4 value) {
-    if constexpr (SPLITS == 1) put(to, value);
-    else asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w) : "memory");
-}
-
-// A program's sums to the programs that put their rows together.
-__device__ __forceinline__ void send(const Softmax& own, const Shared& at, const Share& of) {
-    const int quad = threadIdx.x / 4;
-    float total[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        total[row] = own.total[row] + __shfl_xor_sync(~0u, own.total[row], 1);
-        total[row] += __shfl_xor_sync(~0u, total[row], 2);
-    }
-    if ((of.tile * ROWS + row_of(quad)) / GROUP >= of.count) return;
-    u32 to = at.part(SPLITS == 1 ? 0 : blockIdx.z);
-    if constexpr (SPLITS > 1) asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(at.part(blockIdx.z)), "r"(quad % SPLITS));
-    const u32 sums = to + quad / SPLITS * 64 + threadIdx.x % 4 * 16;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-        const float* found = own.found + block * 4;
-        put_there(sums + block * BLOCK_BYTES, make_float4(found[0], found[1], found[2], found[3]));
-    }
-    if (threadIdx.x % 4 == 0) put_there(to + ENDS + quad / SPLITS * 16, make_float4(own.peak[0], total[0], own.peak[1], total[1]));
-}
-
-// Rows put together: a thread has a block of both rows of a quad.
-__device__ __forceinline__ void write_found(const Shared& at, const Share& of, u16* out, long out_node, long out_head) {
-    const int block = threadIdx.x % BLOCKS;
-    for (int taken = threadIdx.x / BLOCKS; taken < TAKEN; taken += ATTENDING / BLOCKS) {
-        const int quad = SPLITS == 1 ? taken : taken * SPLITS + blockIdx.z, first = of.tile * ROWS + row_of(quad);
-        if (quad >= QUADS || first / GROUP >= of.count) break;
-        float4 ends[SPLITS];
-        float peak[2] = {-1e30f, -1e30f}, total[2] = {}, found[2][8] = {};
-#pragma unroll
-        for (int split = 0; split < SPLITS; ++split) {
-            ends[split] = get(at.part(split) + ENDS + taken * 16);
-            peak[0] = fmaxf(peak[0], ends[split].x), peak[1] = fmaxf(peak[1], ends[split].z);
-        }
-#pragma unroll
-        for (int split = 0; split < SPLITS; ++split) {
-            const float weights[2] = {exp2_of(ends[split].x - peak[0]), exp2_of(ends[split].z - peak[1])};
-            total[0] += weights[0] * ends[split].y, total[1] += weights[1] * ends[split].w;
-#pragma unroll
-            for (int pair = 0; pair < 4; ++pair) {
-                const float4 value = get(at.part(split) + block * BLOCK_BYTES + taken * 64 + pair * 16);
-                found[0][pair * 2] += weights[0] * value.x, found[0][pair * 2 + 1] += weights[0] * value.y;
-                found[1][pair * 2] += weights[1] * value.z, found[1][pair * 2 + 1] += weights[1] * value.w;
-            }
-        }
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-            const int row = first + lower * 8, node = row / GROUP;
-            if (node >= of.count) break;
-            const float share = total[lower] > 0.0f ? __fdividef(1.0f, total[lower]) : 0.0f;
-            u32 pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) pairs[i] = packed(found[lower][i * 2] * share, found[lower][i * 2 + 1] * share);
-            write(out + (of.start + node) * out_node + (of.head_kv * GROUP + row % GROUP) * out_head + block * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
-        }
     }
 }
 

@@ -134,3 +134,10 @@ def test_rows_that_a_tile_has_room_for_change_nothing():
     alone, _ = one.on_gpu(2, ring=True)
     again, _ = one.on_gpu(2, ring=True, max_nodes=64)
     assert torch.equal(alone[:20], again[:20])
+
+
+def test_its_source_is_whole():
+    source = AttentionKernel(1, 3, 64, True, torch.bfloat16).source
+    assert "#include" not in source
+    for part in ("place_own(", "write_found(", 'extern "C"', "multiply_values("):
+        assert part in source
