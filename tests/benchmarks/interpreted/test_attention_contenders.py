@@ -116,17 +116,18 @@ def test_an_error_shows() -> None:
 def test_own_kernel_is_the_one_that_an_engine_runs(
     head_size: int, dtype: torch.dtype, writes: bool, by_ring: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper that is a ring, which writes keys and values itself."""
+    """On Hopper that is a ring where it is asked for, which writes keys and values itself."""
     launched = []
     for module in (attention_contenders, ring_attention):
         monkeypatch.setattr(module, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(ring_attention, "has_compiler", lambda: True)
+    monkeypatch.setenv(ring_attention.SWITCH, "1")
     monkeypatch.setattr(
         attention_contenders, "attend", lambda queries, cache, visible, plan, *_, **__: launched.append(plan)
     )
     shape = Shape(batch=1, nodes=64, heads=4, groups=2, context=100, head_size=head_size)
     medusa(Problem(shape, layers=1, dtype=dtype, device=CPU), pdl=False, writes=writes).launch(0)
-    assert [(plan.rows, plan.ring > 0) for plan in launched] == [(64, by_ring)]
+    assert [(plan.rows, plan.ring) for plan in launched] == [(64, by_ring)]
 
 
 def test_masks_are_packed_by_16_bits() -> None:

@@ -49,7 +49,7 @@ STRIDES = {"plane": "i64"} | dict.fromkeys(
     "i32",
 )
 SIZES = dict.fromkeys(
-    ["A", "B", "C", "M", "R", "X", "V", "P", "N", "window", "num_nodes", "st", "SPLITS", "TILES"], "i32"
+    ["A", "B", "C", "M", "R", "X", "V", "P", "N", "window", "num_nodes", "num_guessed", "st", "SPLITS", "TILES"], "i32"
 )
 SCALARS = dict.fromkeys(["eps", "scaling", "softcap"], "fp32")
 TYPES = SIZES | SCALARS | STRIDES | {name: kind for kind, names in POINTERS.items() for name in names.split()}
