@@ -99,9 +99,6 @@ __device__ __forceinline__ void warpgroup_meets() {
 __device__ __forceinline__ void all_attending() { asm volatile("bar.sync 1, %0;" ::"n"(ATTENDING) : "memory"); }
 __device__ __forceinline__ void all_cached() { asm volatile("bar.sync 5, %0;" ::"n"(CACHED * 128) : "memory"); }
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-__device__ __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
-}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // The tensor cores find the queries, and for the warpgroup that attends to them the own nodes, which no other waits for.
@@ -309,10 +306,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) ring_attention(
     if (has_own) place_own(at, of, nodes, last, own_angles, {keys, values, table, page_stride, token_stride, head_stride});
     wait_for_operands(of);
     Softmax own{{-1e30f, -1e30f}, {}, {}};
-    if (has_own) attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
-    else attend_cached(own, at, of, scale);
-    if (has_own) warpgroup_meets(), leave(own, at);  // where its tile was
-    if (SPLITS > 1) cluster_arrive_relaxed();  // it has but read
+    if (has_own) {
+        attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);
+        warpgroup_meets();
+        leave(own, at);  // where its tile was
+    } else {
+        attend_cached(own, at, of, scale);
+    }
+    if (SPLITS > 1) cluster_arrive();
     all_attending();  // every tile has been read
     if (group == 1) leave(own, at);
     if (group == 0 && of.has_own) take_up(own, at, OWN);

@@ -11,6 +11,7 @@ Shapes: as in attention.py.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from dataclasses import dataclass
 
@@ -24,8 +25,7 @@ AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead
 SIZE = 128  # of a head, the only one it takes
 TOKENS = 64  # of a tile
 STAGES = 4  # tiles of keys and values that a program has room for, each for one of two warpgroups
-SWITCH = "MEDUSA_RING_ATTENTION"
-_LOG2_E = 1.4426950408889634
+SWITCH = "MEDUSA_RING_ATTENTION"  # 1 in the environment asks for it
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,21 @@ def ring_attention(
     *,
     pdl: bool,
 ) -> None:
-    """As `attend` with a rotation, for trees of up to 64 nodes, without window or cap; rows of `out_MHD` start at
-    multiples of 16 bytes."""
-    assert visible.bits_RNW is not None
-    if not qkv_MHD.is_contiguous():
-        raise ValueError(f"queries, keys and values must lie together, got strides {qkv_MHD.stride()}")
+    """As `attend` with a rotation, for trees of up to 64 nodes and heads of 128, without window or cap; rows of
+    `out_MHD` start at multiples of 16 bytes. ValueError for what the kernel does not take."""
+    if visible.bits_RNW is None or plan.max_nodes > MAX_ROWS or out_MHD.shape[2] != SIZE:
+        raise ValueError(
+            f"a ring takes trees of up to {MAX_ROWS} nodes and heads of {SIZE}, got {plan.max_nodes} nodes (chains:"
+            f" {visible.bits_RNW is None}) and heads of {out_MHD.shape[2]}: plan without it"
+        )
+    dtypes = [tensor.dtype for tensor in (qkv_MHD, cache_layer, out_MHD, rotation.cos_TD, rotation.sin_TD)]
+    if dtypes[0] not in HALF_TYPES or len(set(dtypes)) > 1:
+        raise ValueError(f"projections, pages, result and angles must share a type of 16 bits, got {dtypes}")
+    if not qkv_MHD.is_contiguous() or rotation.cos_TD.stride() != rotation.sin_TD.stride():
+        raise ValueError(
+            "queries, keys and values must lie together, and cos as sin does, got strides"
+            f" {qkv_MHD.stride()}, {rotation.cos_TD.stride()} and {rotation.sin_TD.stride()}"
+        )
     if out_MHD.data_ptr() % 16 or out_MHD.stride(0) % 8 or out_MHD.stride(1) % 8 or out_MHD.stride(2) != 1:
         raise ValueError(f"rows of the result must start at multiples of 16 bytes, got strides {out_MHD.stride()}")
     heads, (_, num_pages, page_size, groups, _) = out_MHD.shape[1], cache_layer.shape
@@ -133,8 +143,8 @@ def ring_attention(
         long(rotation.cos_TD.stride(0)), number(heads), number(groups), pointer(cache_layer[0]),
         pointer(cache_layer[1]), pointer(visible.rows_B), pointer(visible.start_B), pointer(visible.count_B),
         pointer(visible.length_R), pointer(visible.tables_RP), pointer(visible.bits_RNW), pointer(out_MHD),
-        ctypes.c_float(scaling * _LOG2_E), long(out_MHD.stride(0)), long(out_MHD.stride(1)), long(page), long(token),
-        long(head), long(visible.tables_RP.stride(0)), number(visible.bits_RNW.shape[1]),
+        ctypes.c_float(scaling * math.log2(math.e)), long(out_MHD.stride(0)), long(out_MHD.stride(1)), long(page),
+        long(token), long(head), long(visible.tables_RP.stride(0)), number(visible.bits_RNW.shape[1]),
         number(visible.bits_RNW.shape[2]), number(tiles),
     ]  # fmt: skip
     launch(kernel, out_MHD.device.index, (visible.rows_B.shape[0] * tiles, groups, plan.splits), arguments)

@@ -3,18 +3,25 @@ the plain twin and against Triton's kernel."""
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import triton
+
+from medusa.kernels import ring_attention as module
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
 from medusa.kernels.launch import has_warpgroups
-from medusa.kernels.ring_attention import AttentionKernel
+from medusa.kernels.ring_attention import AttentionKernel, ring_attention
 from tests.medusa.kernels.interpreted.attention_batch import Batch
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 needs_compiler = pytest.mark.skipif(not has_compiler(), reason="NVIDIA's bindings or compiler are missing")
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or not has_warpgroups(torch.device("cuda")), reason="needs a Hopper GPU"
@@ -25,16 +32,57 @@ LENGTHS = (0, 1, 63, 64, 65, 200, 441)
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("group", "splits"), [(1, 1), (1, 3), (4, 4), (7, 2), (7, 8)])
-def test_it_compiles(group, splits, dtype):
+def test_it_compiles_without_spills_or_waits_between_products(group, splits, dtype, tmp_path):
     kernel = AttentionKernel(group, splits, 64, True, dtype)
-    assert compiled(kernel).startswith(b"\x7fELF")
     assert kernel.shared_bytes <= SHARED_BYTES
+    code = tmp_path / "code.cubin"
+    code.write_bytes(compiled(kernel))
+    usage, assembly = (
+        subprocess.run([CUOBJDUMP, how, code], capture_output=True, text=True, check=True).stdout
+        for how in ("-res-usage", "-sass")
+    )
+    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+    products, waits = assembly.count(" HGMMA."), assembly.count("WARPGROUP.DEPBAR")
+    assert (products, waits) == (32, 4)  # for each tile, own or cached, eight with its keys and eight with its values
 
 
 @pytest.mark.parametrize("splits", [0, 9])
 def test_splits_that_no_cluster_has_are_refused(splits):
     with pytest.raises(ValueError, match=f"1 to 8 programs, got {splits} splits"):
         AttentionKernel(1, splits, 64, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_nodes": 65}, "up to 64 nodes and heads of 128, got 65 nodes"),
+        ({"chain": True}, r"chains: True"),
+        ({"size": 64}, "heads of 64: plan without it"),
+        ({"dtype": torch.float32}, "share a type of 16 bits"),
+        ({"angles": torch.float32}, "share a type of 16 bits"),
+        ({"apart": True}, "must lie together"),
+        ({"odd": True}, "multiples of 16 bytes"),
+    ],
+    ids=str,
+)
+def test_what_the_kernel_does_not_take_is_refused(change, message, monkeypatch):
+    given = dict(max_nodes=4, chain=False, size=128, dtype=torch.bfloat16, angles=None, apart=False, odd=False) | change
+    monkeypatch.setattr(module, "tensor_map", lambda *_: None)
+    monkeypatch.setattr(module, "launch", lambda *_: pytest.fail("launched"))
+    size, dtype = given["size"], given["dtype"]
+    qkv = (
+        torch.zeros(4, 6, 2 * size, dtype=dtype)[..., :size] if given["apart"] else torch.zeros(4, 6, size, dtype=dtype)
+    )
+    out = torch.zeros(4, 2, size + 4, dtype=dtype)[..., :size] if given["odd"] else torch.zeros(4, 2, size, dtype=dtype)
+    angles = torch.zeros(8, size // 2, dtype=given["angles"] or dtype)
+    few = torch.zeros(1, dtype=torch.int32)
+    bits = None if given["chain"] else torch.zeros(1, 64, 1, dtype=torch.int64)
+    visible = Visible(few, few, few, few.long(), few[None], bits, None)
+    plan = AttentionPlan(1, 64, 64, given["max_nodes"], merged_in_place=1, ring=True)
+    rotation = Rotation(torch.zeros(4, dtype=torch.int64), angles, angles)
+    cache = torch.zeros(2, 3, 64, 2, size, dtype=dtype)
+    with pytest.raises(ValueError, match=message):
+        ring_attention(qkv, cache, visible, plan, out, 1.0, rotation, pdl=True)
 
 
 class HalfBatch(Batch):
