@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,6 @@ AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead
 SIZE = 128  # of a head, the only one it takes
 TOKENS = 64  # of a tile
 STAGES = 4  # tiles of keys and values that a program has room for, each for one of two warpgroups
-SWITCH = "MEDUSA_RING_ATTENTION"  # 1 in the environment asks for it
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,10 @@ def _multiply(half: str) -> tuple[str, str]:
 
 
 def has_ring(pages: torch.Tensor) -> bool:
-    """Whether the kernel is asked for, by an environment variable, and can read the pages [..., page size, G, D]: on
-    Hopper, 16 bits an element, and NVIDIA's compiler and driver within reach.
-
-    It waits to be asked for because an engine's step of four sequences failed with it on a GPU (docs/performance.md).
-    """
+    """Whether the kernel can read the pages [..., page size, G, D]: on Hopper, 16 bits an element, and NVIDIA's
+    compiler and driver within reach."""
     return (
-        os.environ.get(SWITCH) == "1"
-        and has_warpgroups(pages.device)
+        has_warpgroups(pages.device)
         and pages.dtype in HALF_TYPES
         and pages.shape[-1] == SIZE
         and pages.shape[-3] % TOKENS == 0

@@ -116,12 +116,11 @@ def test_an_error_shows() -> None:
 def test_own_kernel_is_the_one_that_an_engine_runs(
     head_size: int, dtype: torch.dtype, writes: bool, by_ring: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On Hopper that is a ring where it is asked for, which writes keys and values itself."""
+    """On Hopper that is a ring, which writes keys and values itself."""
     launched = []
     for module in (attention_contenders, ring_attention):
         monkeypatch.setattr(module, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(ring_attention, "has_compiler", lambda: True)
-    monkeypatch.setenv(ring_attention.SWITCH, "1")
     monkeypatch.setattr(
         attention_contenders, "attend", lambda queries, cache, visible, plan, *_, **__: launched.append(plan)
     )

@@ -20,20 +20,9 @@ def pages(page_size: int = 64, head_size: int = 128, dtype: torch.dtype = torch.
 def hopper(monkeypatch):
     monkeypatch.setattr(module, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(module, "has_compiler", lambda: True)
-    monkeypatch.setenv(module.SWITCH, "1")
-
-
-@pytest.mark.parametrize("switch", [None, "0", ""])
-def test_it_waits_to_be_asked_for(switch, hopper, monkeypatch):
-    assert has_ring(pages())
-    monkeypatch.delenv(module.SWITCH)
-    if switch is not None:
-        monkeypatch.setenv(module.SWITCH, switch)
-    assert not has_ring(pages())
 
 
 def test_a_cpu_has_no_ring(monkeypatch):
-    monkeypatch.setenv(module.SWITCH, "1")
     monkeypatch.setattr(module, "has_compiler", lambda: pytest.fail("no compiler is looked for where none is of use"))
     assert not has_ring(pages())
 
