@@ -2,9 +2,10 @@
 //
 // A program has a tile of 64 query rows (nodes times the query heads of one key-value head), a share of the committed
 // tokens, and a multiprocessor for itself. The loader keeps a ring of STAGES tiles of 64 keys and values filled by tensor
-// copies; no kernel just ahead writes those, so it begins before that has ended, AHEAD at a time until then. Two warpgroups
-// take the tiles in turns. The third, in the program of the last share, rotates and writes the step's own nodes and attends
-// to them under their ancestor bits. Each keeps an online softmax of its own, and the first takes up the others' at the end.
+// copies; no kernel just ahead writes those, so it begins before that has ended, AHEAD at a time until the queries are in
+// place, for what is under way delays the reads of those. Two warpgroups take the tiles in turns. The third, in the
+// program of the last share, rotates and writes the step's own nodes and attends to them under their ancestor bits. Each
+// keeps an online softmax of its own, and the first takes up the others' at the end.
 //
 // The programs of a tile are a cluster. Each sends what it found of a row to the program that puts this row together.
 //
@@ -299,12 +300,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1) ring_attention(
 #if PDL
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;");
-    if (threadIdx.x == 0) barrier_arrive(at.released());
 #endif
-    if (!is_needed) return;
+    if (!is_needed) return;  // its loader has not begun: none waits to be released
     if (has_queries) place_queries(at, of, nodes, query_angles);
     if (has_own) place_own(at, of, nodes, last, own_angles, {keys, values, table, page_stride, token_stride, head_stride});
     wait_for_operands(of);
+#if PDL
+    if (threadIdx.x == 0) barrier_arrive(at.released());
+#endif
     Softmax own{{-1e30f, -1e30f}, {}, {}};
     if (has_own) {
         attend_own(own, at, of, last, scale, bits_RN + of.row * num_kept * num_words, num_words);

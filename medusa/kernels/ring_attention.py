@@ -20,7 +20,7 @@ from medusa.kernels.attention_plan import FEW_SPLITS, MAX_ROWS, AttentionPlan, R
 from medusa.kernels.hopper import HALF_TYPES, has_compiler, launch, source_of, tensor_map
 from medusa.kernels.launch import has_warpgroups
 
-AHEAD = 2  # tiles of keys and values under way at a time until the kernel ahead has ended
+AHEAD = 2  # tiles of keys and values under way at a time until the queries are in place
 SIZE = 128  # of a head, the only one it takes
 TOKENS = 64  # of a tile
 STAGES = 4  # tiles of keys and values that a program has room for, each for one of two warpgroups
