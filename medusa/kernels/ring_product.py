@@ -17,7 +17,7 @@ import torch
 from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, SHARED_BYTES, launch, source_of, tensor_map
 from medusa.kernels.tiles import RING_ROWS, RingTiles
 
-AHEAD = 3  # tiles of the matrix under way at a time until the kernel ahead has ended
+AHEAD = 2  # tiles of the matrix under way at a time until the kernel ahead has ended
 
 
 @dataclass(frozen=True)
