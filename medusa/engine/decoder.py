@@ -21,7 +21,7 @@ from medusa.kernels.launch import supports_pdl
 from medusa.kernels.matmul import gated, product
 from medusa.kernels.norm import add_norm
 from medusa.kernels.rope import rope_write
-from medusa.kernels.tiles import Weight, plan_gated_of, plan_of
+from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_gated_of, plan_of, starts_early
 from medusa.model import Backbone
 from medusa.quantization import QuantizedWeight
 from medusa.quantized_linear import QuantizedLinear
@@ -118,20 +118,18 @@ class FusedDecoder:
         buffers = (self._new_buffers if is_chain else self._buffers_of)(len(nodes.token_M))
         torch.index_select(self._embedding, 0, nodes.token_M, out=buffers.residual_Md)
         add_norm(None, buffers.residual_Md, self._layers[0].input_norm, self._eps, buffers.normed_Md)
-        norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, layer in enumerate(self._layers):
             self._attention(self._cache[index], layer, nodes, buffers)
-            self._mlp(layer, norms[index], buffers)
+            self._mlp(layer, buffers)
+            self._norm_after(index, buffers)
         return buffers.normed_Md
 
     def _attention(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
         product(buffers.normed_Md, layer.qkv, buffers.qkv_MHD.flatten(1), layer.qkv_bias, pdl=self.pdl)
         self._attend(cache, layer, nodes, buffers)
         product(buffers.attended_MHD.flatten(1), layer.out, buffers.out_SMd, pdl=self.pdl)
-        add_norm(
-            self._summed(buffers.out_SMd), buffers.residual_Md, layer.mlp_norm, self._eps, buffers.normed_Md,
-            layer.out_bias, pdl=self.pdl and self._rank is None,
-        )  # fmt: skip
+        next_tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up)
+        self._add_norm(buffers.out_SMd, layer.mlp_norm, buffers, next_tiles, layer.out_bias)
 
     def _attend(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
         """A step's attention rotates and writes by itself. For a prompt's chains, and where heads are normalised
@@ -151,7 +149,7 @@ class FusedDecoder:
             rotation=rotation, window=layer.window, pdl=self.pdl,
         )  # fmt: skip
 
-    def _mlp(self, layer: Layer, next_norm: torch.Tensor, buffers: Buffers) -> None:
+    def _mlp(self, layer: Layer, buffers: Buffers) -> None:
         tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up)
         if tiles is None:
             if isinstance(layer.gate_up, QuantizedWeight):
@@ -162,9 +160,29 @@ class FusedDecoder:
         else:
             gated(buffers.normed_Md, layer.gate_up, buffers.gated_MF, tiles, pdl=self.pdl)
         product(buffers.gated_MF, layer.down, buffers.down_SMd, pdl=self.pdl)
+
+    def _norm_after(self, index: int, buffers: Buffers) -> None:
+        """The next layer's input norm, or after the last layer the one that the LM head's rows come from."""
+        if index + 1 == len(self._layers):
+            self._add_norm(buffers.down_SMd, self._norm, buffers, None)
+        else:
+            following = self._layers[index + 1]
+            next_tiles = plan_of(len(buffers.normed_Md), following.qkv, may_split=False)
+            self._add_norm(buffers.down_SMd, following.input_norm, buffers, next_tiles)
+
+    def _add_norm(
+        self,
+        partial_SMd: torch.Tensor,
+        weight_d: torch.Tensor,
+        buffers: Buffers,
+        next_tiles: Tiles | RingTiles | None,
+        bias_d: torch.Tensor | None = None,
+    ) -> None:
+        """`next_tiles`: of the product that is launched next; None: the library's, or something else."""
+        pdl = self.pdl and self._rank is None
         add_norm(
-            self._summed(buffers.down_SMd), buffers.residual_Md, next_norm, self._eps, buffers.normed_Md,
-            pdl=self.pdl and self._rank is None,
+            self._summed(partial_SMd), buffers.residual_Md, weight_d, self._eps, buffers.normed_Md, bias_d,
+            pdl=pdl, early=pdl and starts_early(len(buffers.normed_Md), next_tiles),
         )  # fmt: skip
 
     def _summed(self, partial_SMd: torch.Tensor) -> torch.Tensor:

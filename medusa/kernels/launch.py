@@ -30,12 +30,20 @@ def has_warpgroups(device: torch.device) -> bool:
 
 
 @triton.jit
-def await_inputs(PDL: tl.constexpr) -> None:
+def await_inputs(PDL: tl.constexpr, EARLY: tl.constexpr = False) -> None:
     """First call of every kernel: under programmatic dependent launch, waits for the previous kernel's writes, then
-    lets the next kernel be scheduled (which in turn waits here for this one to end)."""
+    lets the next kernel be scheduled (which in turn waits here for this one to end).
+
+    EARLY lets the next be scheduled first, so that it may begin while the previous kernel still runs. Before it waits
+    itself, that next kernel may read nothing that this kernel or the previous one writes, and write nothing; nor may it
+    be early in its turn. A product by a ring (ring_product.cu) is such a one: it reads its frozen matrix until then.
+    """
     if PDL:
+        if EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if not EARLY:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

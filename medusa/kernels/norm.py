@@ -28,13 +28,14 @@ def _add_norm(
     S: tl.constexpr,
     BD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     inside = d < D
     weight = tl.load(WEIGHT + d, mask=inside, other=0.0).to(tl.float32)  # no kernel writes it: read before waiting
-    await_inputs(PDL)
+    await_inputs(PDL, EARLY)
     x = tl.load(RESIDUAL + row * sr + d, mask=inside, other=0.0)
     if S > 0:
         added = tl.zeros([BD], tl.float32)
@@ -59,8 +60,12 @@ def add_norm(
     bias_d: torch.Tensor | None = None,
     *,
     pdl: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:
-    """residual += sum of the partial sums (in place; None: nothing to add), then out = RMSNorm(residual) * weight."""
+    """residual += sum of the partial sums (in place; None: nothing to add), then out = RMSNorm(residual) * weight.
+
+    `early`, with `pdl` alone: the next kernel may start before this one waits, and while the kernel ahead of both still
+    runs. Until it waits itself, it must read nothing that either of the two writes (`await_inputs`)."""
     num_rows, size = residual_Md.shape
     splits = 0 if partial_SMd is None else partial_SMd.shape[0]
     partial = residual_Md[None] if partial_SMd is None else partial_SMd
@@ -68,7 +73,7 @@ def add_norm(
     _add_norm[(num_rows,)](
         partial, bias_d, residual_Md, weight_d, out_Md, eps, partial.stride(0), partial.stride(1),
         residual_Md.stride(0), out_Md.stride(0), D=size, S=splits, BD=block,
-        HAS_BIAS=bias_d is not None, PDL=pdl,
+        HAS_BIAS=bias_d is not None, EARLY=early and pdl, PDL=pdl,
         num_warps=8 if block >= 2048 else 4, num_stages=1, **options(pdl),
     )  # fmt: skip
     return out_Md

@@ -2,8 +2,9 @@
 //
 // Two warps keep a ring of STAGES tiles filled by the hardware's tensor copies (TMA), one of the matrix and one of X. The
 // matrix no kernel writes: its tiles are asked for before the kernel ahead has ended, but AHEAD at a time until then, for
-// what is under way delays that kernel's own reads. The others multiply straight from the ring, 64 rows of X a warpgroup,
-// and keep float32 sums in registers.
+// what is under way delays that kernel's own reads. Nothing else may be read before `griddepcontrol.wait`, nor may the next
+// kernel be let go: the kernel ahead may itself still wait for the one ahead of it (norm.py's `early`). The others multiply
+// straight from the ring, 64 rows of X a warpgroup, and keep float32 sums in registers.
 //
 // out[m, n] = X[m, :] . W[n, :] (+ bias), or with HALVES = 2, where W is gate above up, silu(gate) * up; or with
 // SPLITS > 1 float32 sums of a share of the columns.

@@ -24,6 +24,7 @@ LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 RING_ROWS = 128  # of X, at most
 RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
+EARLY_ROWS = 64  # up to which products by a ring start early: steps of 65 to 128 rows gained nothing by it, or lost
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,12 @@ def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | RingTiles | None:
     if isinstance(weight, QuantizedWeight):
         return Tiles(16, 32, 128, stages=6, warps=2) if num_rows <= 16 else None
     return _ring_of(num_rows, weight, gated=True) or plan_gated(num_rows)
+
+
+def starts_early(num_rows: int, tiles: Tiles | RingTiles | None) -> bool:
+    """Whether the kernel ahead of a product should let it start before having its own inputs: a ring then fetches its
+    matrix meanwhile. With Triton's products a step took longer so."""
+    return isinstance(tiles, RingTiles) and num_rows <= EARLY_ROWS
 
 
 def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, gated: bool = False) -> RingTiles | None:

@@ -229,7 +229,8 @@ def small_kernels() -> list[Case]:
     for size, block in ((4096, 4096), (6656, 8192)):
         for splits, kind in ((0, "*bf16"), (1, "*bf16"), (2, "*fp32"), (4, "*fp32")):
             types = bf16 | {"PARTIAL": kind}
-            shape = dict(D=size, S=splits, BD=block, num_warps=8, num_stages=1)
+            early = [False, True] if splits else False  # with nothing to add it is a step's first
+            shape = dict(D=size, S=splits, BD=block, EARLY=early, num_warps=8, num_stages=1)
             cases += over("norm._add_norm", types=types, HAS_BIAS=False, BIAS=None, **shape)
         cases += over("norm._add_norm", types=types, HAS_BIAS=True, **shape)
     for model in (MODELS[0], MODELS[1], MODELS[2]):
@@ -372,7 +373,7 @@ def compile_case(case: Case, capability: int, pdl: bool) -> dict[str, object]:
         "shared": compiled.metadata.shared,
         "registers": int(re.findall(r"Used (\d+) registers", report)[0]),
         "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", report))),
-        "waits": compiled.asm["ptx"].count("griddepcontrol.wait"),
+        "order": re.findall(r"griddepcontrol\.(\w+)", compiled.asm["ptx"]),
         "fast_logarithms": compiled.asm["ptx"].count("lg2.approx"),
     }
 

@@ -58,8 +58,17 @@ def test_nothing_spills(compilations):
 
 def test_dependent_launch_is_for_hopper_alone(compilations):
     for case in compilations[1]:
-        assert case["waits"] == (1 if case["pdl"] else 0), case
         assert case["pdl"] == (case["capability"] == 90)
+        assert sorted(case["order"]) == (["launch_dependents", "wait"] if case["pdl"] else []), case
+
+
+def test_a_kernel_lets_the_next_start_before_it_waits_only_where_it_is_early(compilations):
+    for case in compilations[1]:
+        if case["pdl"]:
+            early = case["constants"].get("EARLY") == "True"
+            assert case["order"][0] == ("launch_dependents" if early else "wait"), case
+    norms = [case for case in compilations[1] if case["kernel"] == "norm._add_norm"]
+    assert {case["constants"]["EARLY"] for case in norms} == {"True", "False"}
 
 
 def test_noise_uses_exact_logarithms(compilations):

@@ -20,8 +20,10 @@ from medusa.kernels import tiles as tiles_module
 from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
 from medusa.kernels.launch import has_warpgroups
 from medusa.kernels.matmul import gated, matmul, product
+from medusa.kernels.norm import add_norm, add_norm_reference
 from medusa.kernels.ring_product import ProductKernel, ring_product
 from medusa.kernels.tiles import (
+    EARLY_ROWS,
     RING_ROWS,
     RingTiles,
     Tiles,
@@ -30,6 +32,7 @@ from medusa.kernels.tiles import (
     plan_of,
     plan_product,
     plan_ring,
+    starts_early,
 )
 from tests.medusa.kernels.aot import MODELS
 
@@ -78,6 +81,11 @@ def test_other_products_are_left_to_the_other_kernels():
     assert plan_ring(64, 4096, 1024, processors=132, may_split=True).splits == 2
     assert plan_ring(128, 4096, 8192, processors=132, may_split=True).splits == 4
     assert plan_ring(128, 4096, 8184, processors=132, may_split=True).splits == 2
+
+
+def test_rings_of_few_rows_alone_start_early():
+    assert starts_early(EARLY_ROWS, RingTiles(96, 1, 8)) and not starts_early(EARLY_ROWS + 1, RingTiles(96, 1, 8))
+    assert not starts_early(1, None) and not starts_early(1, Tiles(16, 64, 128))
 
 
 @pytest.mark.parametrize("processors", [78, 114, 132])
@@ -298,6 +306,25 @@ def test_a_product_waits_for_the_one_that_writes_its_rows():
         ring_product(x, weight, between, RingTiles(64, 1, 6), pdl=True)
         ring_product(between, weight, out, RingTiles(64, 1, 6), pdl=True)
         torch.testing.assert_close(out.float(), expected, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_a_product_waits_for_an_early_norm_and_for_what_that_waits_for():
+    x, weight = matrices(64, 4096, 4096, torch.bfloat16)
+    residual, scale = torch.randn_like(x), torch.rand_like(x[0])
+    partial = torch.empty(2, 64, 4096, device="cuda")
+    normed, out = (torch.empty_like(x) for _ in range(2))
+    new_residual, expected = add_norm_reference((x.float() @ weight.float().T)[None], residual, scale, 1e-5)
+    for _ in range(20):
+        found = residual.clone()
+        for tensor in (partial, normed, out):
+            tensor.fill_(float("nan"))
+        ring_product(x, weight, partial, RingTiles(64, 2, 7), pdl=True)
+        add_norm(partial, found, scale, 1e-5, normed, pdl=True, early=True)
+        ring_product(normed, weight, out, RingTiles(64, 1, 6), pdl=True)
+        torch.testing.assert_close(found, new_residual, atol=5e-2, rtol=5e-2)
+        torch.testing.assert_close(out.float(), expected.float() @ weight.float().T, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.gpu

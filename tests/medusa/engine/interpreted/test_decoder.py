@@ -8,10 +8,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from medusa.engine import decoder as decoder_module
 from medusa.engine import layers
 from medusa.engine.decoder import FusedDecoder, ModuleDecoder, StepNodes, can_fuse, fuse
+from medusa.kernels import matmul, tiles
 from medusa.kernels.attention_plan import AttentionPlan, Scratch, Visible
 from medusa.kernels.state import Drafts
+from medusa.kernels.tiles import RingTiles
 from medusa.model import Backbone
 from medusa.quantized_linear import quantize_linears
 
@@ -168,3 +171,80 @@ def test_layers_plan_for_a_ring_where_it_knows_all_that_is_asked(kind, changes, 
     visible = Visible(count, count, count, pages.length, pages.tables, None, None)
     with pytest.raises(Planned, match=str(has_ring and kind in ("llama", "qwen2"))):
         layers.Layers(backbone, pages.data, 128)(Drafts.empty(1, 1, CPU), visible, 1)
+
+
+class LoneRank:
+    """One of a group of processes, of which there are no others."""
+
+    def sum(self, partial_1Md):
+        pass
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What is launched of a decoder's norms, products and attention, with plans as on a Hopper GPU. Nothing is run."""
+    launched = []
+    monkeypatch.setattr(tiles, "has_warpgroups", lambda _: True)
+    monkeypatch.setattr(tiles, "has_compiler", lambda: True)
+    monkeypatch.setattr(tiles, "_processors", lambda _: 2)
+    monkeypatch.setattr(matmul, "ring_product", lambda *_, **__: launched.append("ring"))
+    monkeypatch.setattr(matmul, "matmul", lambda *_, **__: launched.append("triton"))
+    monkeypatch.setattr(decoder_module, "add_norm", lambda *_, **how: launched.append(how))
+    monkeypatch.setattr(decoder_module, "attend", lambda *_, **__: launched.append("attention"))
+    monkeypatch.setattr(decoder_module, "silu_mul", lambda *_, **__: launched.append("gate"))
+    monkeypatch.setattr(
+        decoder_module,
+        "gated",
+        lambda x, weight, out, cut, **_: launched.append("ring" if isinstance(cut, RingTiles) else "triton"),
+    )
+    return launched
+
+
+def early_norms(launches, num_nodes, *, rank=None, pdl=True, quantization=None):
+    """Whether each of the norms of a step lets the next kernel start before it waits."""
+    backbone = backbone_of("llama")
+    backbone.model.to(torch.bfloat16)
+    if quantization:
+        quantize_linears(backbone.model.base_model, quantization, CPU)
+    backbone.rank = rank
+    pages = Pages(backbone)
+    decoder = FusedDecoder(backbone, pages.data.bfloat16(), Scratch.of(heads=4, size=16, processors=2, device=CPU), 128)
+    decoder.pdl = pdl
+    pages.step(decoder, [0], [[1] * (num_nodes - PADDING)], torch.zeros(ROWS, 128, 2, dtype=torch.int64))
+    norms = [place for place, launch in enumerate(launches) if isinstance(launch, dict)]
+    early = [launches[place].get("early", False) for place in norms]
+    for place, is_early in zip(norms, early, strict=True):
+        assert not is_early or (launches[place]["pdl"] and launches[place + 1] == "ring")
+    return early
+
+
+@pytest.mark.parametrize("num_nodes", [33, 64])
+def test_norms_before_rings_of_few_rows_are_early(num_nodes, launches):
+    """Not a step's first, which waits for torch's own launch, nor its last: the LM head is no product by a ring."""
+    assert early_norms(launches, num_nodes) == [False, True, True, True, False]
+
+
+def test_norms_before_other_products_are_not_early(launches, monkeypatch):
+    monkeypatch.setattr(tiles, "_processors", lambda _: 6)  # of whom each would have too few rows of QKV for a ring
+    assert early_norms(launches, 64) == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("num_nodes", [65, 128])
+def test_norms_before_rings_of_more_rows_are_not_early(num_nodes, launches):
+    assert not any(early_norms(launches, num_nodes))
+    assert "ring" in launches
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "how"), [(4, {}), (32, {}), (64, {"quantization": "int8"}), (64, {"rank": LoneRank()})]
+)
+def test_nor_any_before_tritons_products_or_behind_sums_over_processes(num_nodes, how, launches):
+    assert not any(early_norms(launches, num_nodes, **how))
+    assert ("ring" in launches) == ("rank" in how)
+
+
+def test_nor_any_without_a_compiler_or_dependent_launch(launches, monkeypatch):
+    assert not any(early_norms(launches, 64, pdl=False))
+    monkeypatch.setattr(tiles, "has_compiler", lambda: False)
+    launches.clear()
+    assert not any(early_norms(launches, 64)) and "ring" not in launches
