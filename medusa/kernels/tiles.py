@@ -104,13 +104,20 @@ def plan_ring(
         return None
     halves = 2 if gated else 1
     rows_x = 64 if num_rows <= 64 else RING_ROWS
-    splits = 1 if not may_split or size < 1024 else 2 if rows_x == 64 or size < 8192 else 4
-    unit = 8 // halves
-    rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
-    most, fewest = 256 // halves, rows_x // (2 * halves)
-    if not fewest <= rows_w <= most:
-        return None
-    return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2))
+    unit, most, fewest = 8 // halves, 256 // halves, rows_x // (2 * halves)
+    for splits in _ring_splits(rows_x, size) if may_split else (1,):
+        rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
+        if fewest <= rows_w <= most:
+            return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2))
+    return None
+
+
+def _ring_splits(rows_x: int, size: int) -> tuple[int, ...]:
+    """How many splits of K to try, in turn. Whoever adds up three partial sums reads a quarter less than of four, which
+    are for matrices whose shares would otherwise have too few rows."""
+    if size < 1024:
+        return (1,)
+    return (2,) if rows_x == 64 or size < 8192 else (3, 4)
 
 
 def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | RingTiles | None:

@@ -227,7 +227,7 @@ def small_kernels() -> list[Case]:
     }
     cases = over("gate._silu_mul", types=bf16, F=[11008, 17920], BF=1024, num_stages=1)
     for size, block in ((4096, 4096), (6656, 8192)):
-        for splits, kind in ((0, "*bf16"), (1, "*bf16"), (2, "*fp32"), (4, "*fp32")):
+        for splits, kind in ((0, "*bf16"), (1, "*bf16"), (2, "*fp32"), (3, "*fp32"), (4, "*fp32")):
             types = bf16 | {"PARTIAL": kind}
             early = [False, True] if splits else False  # with nothing to add it is a step's first
             shape = dict(D=size, S=splits, BD=block, EARLY=early, num_warps=8, num_stages=1)
@@ -291,7 +291,7 @@ CASES: list[Case] = [
     ),
     *(
         case
-        for splits, kind in ((1, "*bf16"), (2, "*fp32"), (4, "*fp32"))
+        for splits, kind in ((1, "*bf16"), (2, "*fp32"), (3, "*fp32"), (4, "*fp32"))
         for case in over(
             "seen._add_silu",
             types=dict.fromkeys(("BIAS", "RESIDUAL", "OUT"), "*bf16") | {"PARTIAL": kind},

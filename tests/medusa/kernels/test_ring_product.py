@@ -65,7 +65,7 @@ def test_a_7b_models_products_are_spread_evenly():
         assert plan_ring(rows, 12288, 4096, processors=132) == RingTiles(96, 1, 11 if few else 8)
         assert plan_ring(rows, 11008, 4096, processors=132, gated=True) == RingTiles(84, 1, 7 if few else 6)
         assert plan_ring(rows, 4096, 4096, processors=132, may_split=True) == RingTiles(64, 2, 14 if few else 9)
-        down = RingTiles(64, 2, 14) if few else RingTiles(128, 4, 7)
+        down = RingTiles(64, 2, 14) if few else RingTiles(96, 3, 8)
         assert plan_ring(rows, 4096, 11008, processors=132, may_split=True) == down
 
 
@@ -79,7 +79,9 @@ def test_other_products_are_left_to_the_other_kernels():
     assert plan_ring(64, 6144, 4096, processors=132) == RingTiles(48, 1, 16)
     assert plan_ring(64, 4096, 1016, processors=132, may_split=True).splits == 1
     assert plan_ring(64, 4096, 1024, processors=132, may_split=True).splits == 2
-    assert plan_ring(128, 4096, 8192, processors=132, may_split=True).splits == 4
+    assert plan_ring(128, 4096, 8192, processors=132, may_split=True).splits == 3
+    assert plan_ring(128, 2048, 8192, processors=132, may_split=True) == RingTiles(64, 4, 9)  # of 48 rows otherwise
+    assert plan_ring(128, 1536, 8960, processors=132, may_split=True) is None  # nor have four shares enough
     assert plan_ring(128, 4096, 8184, processors=132, may_split=True).splits == 2
 
 
@@ -137,10 +139,10 @@ def test_products_of_many_rows_are_launched_as_rings(hopper):
     assert kernel == ProductKernel(RingTiles(48, 1, 16), 1, 1, True, torch.bfloat16) and grid == (128, 1, 1)
     assert of_weight == ([4096, 6144, 1], [4096, 6144 * 4096], [64, 48, 1]) and of_x == ([4096, 40], [4160], [64, 64])
     assert rest == [out.data_ptr(), bias.data_ptr(), 40, 6144, 64, 6152, 0]
-    partial = torch.zeros(4, 100, 4096)
+    partial = torch.zeros(3, 100, 4096)
     product(half(100, 11008), half(4096, 11008), partial)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
-    assert kernel == ProductKernel(RingTiles(128, 4, 7), 2, 1, False, torch.bfloat16) and grid == (32, 4, 1)
+    assert kernel == ProductKernel(RingTiles(96, 3, 8), 2, 1, False, torch.bfloat16) and grid == (43, 3, 1)
     assert of_x == ([11008, 100], [11008], [64, 128])
     assert rest == [partial.data_ptr(), None, 100, 4096, 172, 4096, 100 * 4096]
 
@@ -237,6 +239,7 @@ def matrices(rows, num_out, size, dtype):
     [
         (12288, 4096, RingTiles(96, 1, 6), torch.bfloat16),
         (4096, 4096, RingTiles(64, 2, 7), torch.bfloat16),
+        (4096, 11008, RingTiles(96, 3, 8), torch.bfloat16),
         (4096, 11008, RingTiles(128, 4, 5), torch.bfloat16),
         (1040, 1000, RingTiles(72, 1, 3), torch.float16),  # neither tiles nor rows come out even
         (512, 72, RingTiles(64, 4, 2), torch.bfloat16),  # more splits than tiles of columns

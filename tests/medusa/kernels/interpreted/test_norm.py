@@ -12,7 +12,7 @@ EPS = 1e-5
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "size"), [(1, 64), (7, 96), (3, 33)])
-@pytest.mark.parametrize("splits", [None, 1, 4])
+@pytest.mark.parametrize("splits", [None, 1, 3, 4])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_equals_the_reference(rows, size, splits, has_bias, dtype):
     generator = torch.Generator().manual_seed(size)
