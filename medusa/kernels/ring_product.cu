@@ -9,17 +9,19 @@
 // out[m, n] = X[m, :] . W[n, :] (+ bias), or with HALVES = 2, where W is gate above up, silu(gate) * up; or with
 // SPLITS > 1 float32 sums of a share of the columns.
 //
-// The launcher defines WARPGROUPS, FEATURES (rows of W that a program takes, of each half), HALVES, SPLITS, STAGES, AHEAD,
+// The launcher defines WARPGROUPS, ROWS_X (rows of X in a tile; the tensor cores take what lies behind, the matrix, for those
+// that a warpgroup's 64 have beyond), FEATURES (rows of W that a program takes, of each half), HALVES, SPLITS, STAGES, AHEAD,
 // PDL, HALF_TYPE, IS_BFLOAT, OUT_TYPE and `multiply`, the tensor cores' instruction for 64 rows of X and all rows of a tile.
 
 constexpr int COLUMNS = 64;  // of a tile: 128 bytes, a row of the swizzled layout
 constexpr int TILE_ROWS = HALVES * FEATURES;
-constexpr u32 X_BYTES = 64 * WARPGROUPS * ROW_BYTES;
+constexpr u32 X_BYTES = ROWS_X * ROW_BYTES;
 constexpr u32 W_BYTES = TILE_ROWS * ROW_BYTES;
 constexpr u32 STAGE_BYTES = X_BYTES + W_BYTES;
 static_assert(STAGES >= 2, "a tile is free once the next has been multiplied");
 static_assert(AHEAD >= 1, "a tile that has arrived lets another be asked for");
-static_assert(TILE_ROWS % 8 == 0, "eight rows are a unit of the swizzled layout");
+static_assert(TILE_ROWS % 8 == 0 && ROWS_X % 8 == 0, "eight rows are a unit of the swizzled layout");
+static_assert(STAGE_BYTES >= 64 * WARPGROUPS * ROW_BYTES, "the tensor cores read nothing behind the last tile");
 constexpr u64 READ_ONCE = 0x12F0000000000000;   // policy of L2: evict first
 constexpr u64 READ_OFTEN = 0x14F0000000000000;  // evict last
 

@@ -1,8 +1,8 @@
 """Products of up to 128 rows on Hopper that keep memory busy: launches ring_product.cu.
 
-Triton's pipelined loops (matmul.py) stream a matrix at nearly the speed of memory for a few rows, but not for 64: the
-warps that multiply are those that load. Here warps of their own load, by the hardware's tensor copies. Their plain twin
-is matmul.py, which every other device takes.
+Triton's pipelined loops (matmul.py) begin to stream a matrix when the kernel ahead has ended, and for 64 rows do so
+below the speed of memory: the warps that multiply are those that load. Here warps of their own load, by the hardware's
+tensor copies, and before that. Their plain twin is matmul.py, which every other device takes.
 
 Shapes: M rows of X, N rows of W (columns of the result), K the reduced axis, S splits of it.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, SHARED_BYTES, launch, source_of, tensor_map
-from medusa.kernels.tiles import RING_ROWS, RingTiles
+from medusa.kernels.tiles import ROW_UNIT, RingTiles, multiplied_rows
 
 AHEAD = 2  # tiles of the matrix under way at a time until the kernel ahead has ended
 
@@ -25,7 +25,6 @@ class ProductKernel:
     """What the kernel is compiled for."""
 
     tiles: RingTiles
-    warpgroups: int
     halves: int
     pdl: bool
     dtype: torch.dtype
@@ -35,19 +34,25 @@ class ProductKernel:
         return "ring_product"
 
     @property
+    def warpgroups(self) -> int:
+        """That multiply, each 64 rows of X."""
+        return multiplied_rows(self.tiles.rows_x) // 64
+
+    @property
     def threads(self) -> int:
         return self.warpgroups * 128 + 64
 
     @property
     def shared_bytes(self) -> int:
-        tile = (64 * self.warpgroups + self.halves * self.tiles.rows_w) * ROW_COLUMNS * 2
+        tile = (self.tiles.rows_x + self.halves * self.tiles.rows_w) * ROW_COLUMNS * 2
         return self.tiles.stages * (tile + 3 * 8) + 8  # and three barriers, and one for all
 
     @property
     def source(self) -> str:
         tiles = self.tiles
         defined: dict[str, int | str] = {
-            "WARPGROUPS": self.warpgroups, "FEATURES": tiles.rows_w, "HALVES": self.halves, "SPLITS": tiles.splits,
+            "WARPGROUPS": self.warpgroups, "ROWS_X": tiles.rows_x, "FEATURES": tiles.rows_w,
+            "HALVES": self.halves, "SPLITS": tiles.splits,
             "STAGES": tiles.stages, "AHEAD": AHEAD, "PDL": int(self.pdl),
             "OUT_TYPE": "float" if tiles.splits > 1 else "u16",
         }  # fmt: skip
@@ -82,12 +87,12 @@ def ring_product(
     for tensors or tiles that the kernel does not take."""
     halves = 2 if gated else 1
     (num_rows, size), num_out = x.shape, weight.shape[0] // halves
-    kernel = ProductKernel(tiles, 1 if num_rows <= 64 else 2, halves, pdl, x.dtype)
+    kernel = ProductKernel(tiles, halves, pdl, x.dtype)
     _check(x, weight, out, kernel, bias)
     row = weight.stride(0)
     maps = [
         tensor_map(weight, [size, num_out, halves], [row, num_out * row], [ROW_COLUMNS, tiles.rows_w, halves]),
-        tensor_map(x, [size, num_rows], [x.stride(0)], [ROW_COLUMNS, 64 * kernel.warpgroups]),
+        tensor_map(x, [size, _rows_there(x, tiles.rows_x)], [x.stride(0)], [ROW_COLUMNS, tiles.rows_x]),
     ]
     others = [
         ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
@@ -98,19 +103,32 @@ def ring_product(
     return out
 
 
+def _rows_there(x: torch.Tensor, wanted: int) -> int:
+    """How many rows can be read from x on, at most `wanted`: for others the hardware fills in zeros, which takes
+    longer. A row gives nothing to another's results."""
+    elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return min(wanted, 1 + (elements - x.shape[1]) // x.stride(0))
+
+
 def _check(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, kernel: ProductKernel, bias: torch.Tensor | None
 ) -> None:
     tiles = kernel.tiles
-    if len(x) > RING_ROWS or x.stride(0) % 8 or x.data_ptr() % 16:
+    if len(x) > tiles.rows_x or x.stride(0) % 8 or x.data_ptr() % 16:
         raise ValueError(
-            f"rows of X must be at most {RING_ROWS} and start at multiples of 16 bytes; got {tuple(x.shape)} with"
+            f"rows of X must be at most {tiles.rows_x} and start at multiples of 16 bytes; got {tuple(x.shape)} with"
             f" stride {x.stride(0)}: multiply by `matmul`"
         )
-    if tiles.stages < 2 or kernel.shared_bytes > SHARED_BYTES or kernel.halves * tiles.rows_w % 8:
+    rows_w, multiplied = kernel.halves * tiles.rows_w, 64 * kernel.warpgroups
+    if tiles.rows_x % ROW_UNIT or rows_w % ROW_UNIT or not multiplied <= tiles.rows_x + rows_w:
         raise ValueError(
-            f"{tiles.stages} tiles of {kernel.halves * tiles.rows_w} rows of W take {kernel.shared_bytes} bytes of"
-            f" shared memory; a program has {SHARED_BYTES}, and takes at least 2 tiles of a multiple of 8 rows"
+            f"tiles have multiples of {ROW_UNIT} rows of X and of W, together {multiplied} or more; got {tiles.rows_x}"
+            f" and {rows_w}"
+        )
+    if tiles.stages < 2 or kernel.shared_bytes > SHARED_BYTES:
+        raise ValueError(
+            f"{tiles.stages} tiles of {rows_w} rows of W take {kernel.shared_bytes} bytes of shared memory; a program"
+            f" has {SHARED_BYTES}, and takes at least 2 tiles"
         )
     shares, biased = out.shape[0] if out.dim() == 3 else 1, bias is not None
     if shares != tiles.splits or (biased and (tiles.splits > 1 or kernel.halves > 1)):

@@ -23,6 +23,7 @@ LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 RING_ROWS = 128  # of X, at most
+ROW_UNIT = 8  # rows of X, of the swizzled layout
 RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
 EARLY_ROWS = 64  # up to which products by a ring start early: steps of 65 to 128 rows gained nothing by it, or lost
 
@@ -42,9 +43,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class RingTiles:
-    """How a product by a ring of tiles is cut: rows of W a program takes (of gate and of up each, where gated), splits
-    of K and tiles under way."""
+    """How a product by a ring of tiles is cut: rows of X, in units of ROW_UNIT, and of W that a program takes (of gate
+    and of up each, where gated), splits of K and tiles under way."""
 
+    rows_x: int
     rows_w: int
     splits: int
     stages: int
@@ -98,26 +100,34 @@ def plan_quantized(num_rows: int, num_out: int, size: int, *, may_split: bool) -
 def plan_ring(
     num_rows: int, num_out: int, size: int, *, processors: int, may_split: bool = False, gated: bool = False
 ) -> RingTiles | None:
-    """The same for a product by a ring: an even share of W for each multiprocessor. None for few rows, which Triton's
-    loops stream as fast, and where a share is too large for a program's registers, or less than half of X."""
-    if not 32 < num_rows <= RING_ROWS or num_out % 8 or size % 8:
+    """The same for a product by a ring: an even share of W for each multiprocessor. None where a share is too large for
+    a program's registers, or less than half of the rows of X that the tensor cores multiply."""
+    if num_rows > RING_ROWS or num_out % 8 or size % 8:
         return None
     halves = 2 if gated else 1
-    rows_x = 64 if num_rows <= 64 else RING_ROWS
-    unit, most, fewest = 8 // halves, 256 // halves, rows_x // (2 * halves)
-    for splits in _ring_splits(rows_x, size) if may_split else (1,):
+    multiplied = multiplied_rows(num_rows)
+    unit, most, fewest = 8 // halves, 256 // halves, multiplied // (2 * halves)
+    for splits in _ring_splits(multiplied, size) if may_split else (1,):
         rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
         if fewest <= rows_w <= most:
-            return RingTiles(rows_w, splits, RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2))
+            # What the tensor cores read for rows beyond those of X are the rows of W behind them.
+            rows_x = max(-(-num_rows // ROW_UNIT) * ROW_UNIT, multiplied - halves * rows_w)
+            stages = RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2)
+            return RingTiles(rows_x, rows_w, splits, stages)
     return None
 
 
-def _ring_splits(rows_x: int, size: int) -> tuple[int, ...]:
+def multiplied_rows(num_rows: int) -> int:
+    """Of X: a warpgroup's or two's."""
+    return 64 if num_rows <= 64 else RING_ROWS
+
+
+def _ring_splits(multiplied: int, size: int) -> tuple[int, ...]:
     """How many splits of K to try, in turn. Whoever adds up three partial sums reads a quarter less than of four, which
     are for matrices whose shares would otherwise have too few rows."""
     if size < 1024:
         return (1,)
-    return (2,) if rows_x == 64 or size < 8192 else (3, 4)
+    return (2,) if multiplied == 64 or size < 8192 else (3, 4)
 
 
 def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | RingTiles | None:
