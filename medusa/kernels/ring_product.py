@@ -18,7 +18,8 @@ from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, SHARED_BYTES, launch,
 from medusa.kernels.tiles import ROW_UNIT, RingTiles, multiplied_rows
 
 AHEAD = 2  # tiles of the matrix under way at a time until the kernel ahead has ended: more delay its reads
-AHEAD_OF_FEW = 3  # the same where that kernel has no more than a unit of rows to read
+AHEAD_OF_FEW = 3  # the same where that kernel reads no more than FEW_ROWS
+FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class ProductKernel:
         defined: dict[str, int | str] = {
             "WARPGROUPS": self.warpgroups, "ROWS_X": tiles.rows_x, "FEATURES": tiles.rows_w,
             "HALVES": self.halves, "SPLITS": tiles.splits,
-            "STAGES": tiles.stages, "AHEAD": AHEAD_OF_FEW if tiles.rows_x == ROW_UNIT else AHEAD, "PDL": int(self.pdl),
+            "STAGES": tiles.stages, "AHEAD": AHEAD_OF_FEW if tiles.rows_x <= FEW_ROWS else AHEAD, "PDL": int(self.pdl),
             "OUT_TYPE": "float" if tiles.splits > 1 else "u16",
         }  # fmt: skip
         multiply = _multiply(self.halves * tiles.rows_w, HALF_TYPES[self.dtype])

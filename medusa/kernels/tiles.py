@@ -106,7 +106,9 @@ def plan_ring(
         return None
     halves = 2 if gated else 1
     multiplied = multiplied_rows(num_rows)
-    unit, most, fewest = 8 // halves, 256 // halves, multiplied // (2 * halves)
+    # 4 of gate and of up cut W most evenly; by 8, which leaves some multiprocessors out, is faster with many rows of X.
+    unit = 4 if gated and multiplied == 64 else 8
+    most, fewest = 256 // halves, multiplied // (2 * halves)
     for splits in _ring_splits(multiplied, size) if may_split else (1,):
         rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
         if fewest <= rows_w <= most:
