@@ -14,15 +14,14 @@ from typing import Any, Protocol
 
 import torch
 
-from medusa.engine.shapes import rounded_up
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
 from medusa.kernels.gate import silu_mul
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import gated, product
+from medusa.kernels.matmul import gated, product, rows_for_product
 from medusa.kernels.norm import add_norm
 from medusa.kernels.rope import rope_write
-from medusa.kernels.tiles import ROW_UNIT, RingTiles, Tiles, Weight, plan_gated_of, plan_of, starts_early
+from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_gated_of, plan_of, starts_early
 from medusa.model import Backbone
 from medusa.quantization import QuantizedWeight
 from medusa.quantized_linear import QuantizedLinear
@@ -206,10 +205,6 @@ class FusedDecoder:
         def empty(*shape: int, dtype: torch.dtype = self._embedding.dtype) -> torch.Tensor:
             return torch.empty(*shape, dtype=dtype, device=self._cache.device)
 
-        def rows(*shape: int) -> torch.Tensor:
-            """Of what products multiply. Those by a ring read whole units of rows, wherever there are some."""
-            return empty(rounded_up(num_nodes, ROW_UNIT), *shape)[:num_nodes]
-
         def partial(weight: Weight) -> torch.Tensor:
             tiles = plan_of(num_nodes, weight, may_split=True)
             splits = tiles.splits if tiles else 1
@@ -217,13 +212,15 @@ class FusedDecoder:
 
         return Buffers(
             residual_Md=empty(num_nodes, size),
-            normed_Md=rows(size),
+            normed_Md=rows_for_product(num_nodes, size, like=self._embedding),
             qkv_MHD=empty(num_nodes, layer.qkv.shape[0] // head_size, head_size),
             # Rows that belong to no sequence are not written, and what is uninitialised could be NaN.
-            attended_MHD=rows(layer.out.shape[1] // head_size, head_size).zero_(),
+            attended_MHD=rows_for_product(
+                num_nodes, layer.out.shape[1] // head_size, head_size, like=self._embedding
+            ).zero_(),
             out_SMd=partial(layer.out),
             both_M2F=empty(num_nodes, layer.gate_up.shape[0]),
-            gated_MF=rows(layer.down.shape[1]),
+            gated_MF=rows_for_product(num_nodes, layer.down.shape[1], like=self._embedding),
             down_SMd=partial(layer.down),
         )
 

@@ -10,7 +10,7 @@ import torch
 
 from medusa.heads import DraftHeads, MedusaHeads
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import product
+from medusa.kernels.matmul import product, rows_for_product
 from medusa.kernels.seen import add_silu
 from medusa.kernels.state import Drafts, RowState, Trees
 from medusa.kernels.topk import scratch, topk
@@ -57,8 +57,8 @@ class GpuHeads:
         config = self._heads.config
         first = hidden_Bd.new_empty(len(hidden_Bd), len(self._first_weight))
         product(hidden_Bd, self._first_weight, first, self._first_bias, pdl=self._pdl)
-        features_BKd = torch.empty_like(first).view(len(hidden_Bd), config.num_heads, -1)
         rows_Cd = first.view(-1, config.hidden_size)
+        features_BKd = rows_for_product(*rows_Cd.shape, like=rows_Cd).view(len(hidden_Bd), config.num_heads, -1)
         add_silu(
             rows_Cd[None], None, hidden_Bd, features_BKd.view_as(rows_Cd), sharing=config.num_heads, pdl=self._pdl
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import nn
 from medusa.heads import DraftHeads
 from medusa.hydra import HydraHeads
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import product
+from medusa.kernels.matmul import product, rows_for_product
 from medusa.kernels.path import Paths, most_asked, plan_paths, read_paths, take_guesses
 from medusa.kernels.seen import add_silu, see
 from medusa.kernels.state import Drafts, RowState, Trees
@@ -65,7 +65,7 @@ class GpuHydra:
     def _features(self, head: int, asked_C: torch.Tensor, drafts: Drafts, ahead_CJ: torch.Tensor) -> torch.Tensor:
         slots, size = len(ahead_CJ), self._backbone.hidden_size
         embedded_CJd = self._backbone.embed(ahead_CJ)
-        seen = self._hidden_Rd.new_empty(slots, (head + 2) * size)
+        seen = rows_for_product(slots, (head + 2) * size, like=self._hidden_Rd)
         see(asked_C, drafts.row_M, self._hidden_Rd, embedded_CJd, seen, pdl=self._pdl)
         features_Cd = self._block(self._heads[head][0].linear, seen, seen[:, :size])  # type: ignore[index]
         for layer in range(1, self._heads.config.num_layers):
@@ -79,7 +79,7 @@ class GpuHydra:
         dtype = torch.float32 if splits > 1 else x.dtype
         partial_SCd = x.new_empty(splits, *residual_Cd.shape, dtype=dtype)
         product(x, linear.weight, partial_SCd, pdl=self._pdl)
-        out_Cd = x.new_empty(residual_Cd.shape)
+        out_Cd = rows_for_product(*residual_Cd.shape, like=x)
         add_silu(partial_SCd, linear.bias, residual_Cd, out_Cd, pdl=self._pdl)
         return out_Cd
 

@@ -28,7 +28,7 @@ from medusa.kernels.compact import compact
 from medusa.kernels.cut import Cuts, find_cuts
 from medusa.kernels.draft import draft
 from medusa.kernels.launch import supports_pdl
-from medusa.kernels.matmul import product
+from medusa.kernels.matmul import product, rows_for_product
 from medusa.kernels.sample import num_splits, reduce_samples, sample
 from medusa.kernels.state import Drafts, Emitted, RowState, Trees
 from medusa.kernels.typical import judge
@@ -164,7 +164,9 @@ class GpuStep:
         if shape.moves:
             self._move(buffers)
         if drafter is not None:
-            last_hidden_Bd = hidden_Md.index_select(0, buffers.emitted.last_B)
+            last_B = buffers.emitted.last_B
+            last_hidden_Bd = rows_for_product(len(last_B), hidden_Md.shape[1], like=hidden_Md)
+            torch.index_select(hidden_Md, 0, last_B, out=last_hidden_Bd)
             drafter.remember(last_hidden_Bd, buffers.rows_B, self.state)
 
     def _move(self, buffers: StepBuffers) -> None:

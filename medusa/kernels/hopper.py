@@ -76,7 +76,7 @@ def has_compiler() -> bool:
 
         nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:  # RuntimeError: the bindings find no library
-        logger.warning("steps of large trees are slower here: no NVRTC (%s); install the extra `gpu`", error)
+        logger.warning("steps are slower here: no NVRTC (%s); install the extra `gpu`", error)
         return False
     return True
 

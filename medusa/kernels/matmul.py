@@ -18,7 +18,7 @@ import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
 from medusa.kernels.ring_product import ring_product
-from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_of
+from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_of, rows_read
 from medusa.kernels.widen import widened
 from medusa.quantization import QuantizedWeight
 
@@ -203,6 +203,11 @@ def product(
     if bias is not None:
         return torch.addmm(bias, x, weight.t(), out=target)
     return torch.mm(x, weight.t(), out=target)
+
+
+def rows_for_product(num_rows: int, *shape: int, like: torch.Tensor) -> torch.Tensor:
+    """[num_rows, *shape] of anything, to be multiplied: in memory of as many rows as products read."""
+    return like.new_empty(rows_read(num_rows), *shape)[:num_rows]
 
 
 def gated(

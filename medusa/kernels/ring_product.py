@@ -116,10 +116,10 @@ def _check(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, kernel: ProductKernel, bias: torch.Tensor | None
 ) -> None:
     tiles = kernel.tiles
-    if len(x) > tiles.rows_x or x.stride(0) % 8 or x.data_ptr() % 16:
+    if len(x) > tiles.rows_x or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
         raise ValueError(
-            f"rows of X must be at most {tiles.rows_x} and start at multiples of 16 bytes; got {tuple(x.shape)} with"
-            f" stride {x.stride(0)}: multiply by `matmul`"
+            f"rows of X must be at most {tiles.rows_x}, apart, and start at multiples of 16 bytes; got {tuple(x.shape)}"
+            f" with stride {x.stride(0)}: multiply by `matmul`"
         )
     rows_w, multiplied = kernel.halves * tiles.rows_w, 64 * kernel.warpgroups
     if tiles.rows_x % ROW_UNIT or rows_w % ROW_UNIT or not multiplied <= tiles.rows_x + rows_w:

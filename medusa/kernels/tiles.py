@@ -23,7 +23,8 @@ LARGEST_MATRIX = 2**31  # elements: offsets are of 32 bits
 LIBRARY_COLUMNS = 16384  # columns from which 64 rows still are ours
 
 RING_ROWS = 128  # of X, at most
-ROW_UNIT = 8  # rows of X, of the swizzled layout
+ROW_UNIT = 8  # rows, of the swizzled layout
+ROW_CLASSES = (8, 16, 32, 64, 96, RING_ROWS)  # rows of X in a tile: few, since a kernel is compiled for each
 RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
 EARLY_ROWS = 64  # up to which products by a ring start early: steps of 65 to 128 rows gained nothing by it, or lost
 
@@ -43,8 +44,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class RingTiles:
-    """How a product by a ring of tiles is cut: rows of X, in units of ROW_UNIT, and of W that a program takes (of gate
-    and of up each, where gated), splits of K and tiles under way."""
+    """How a product by a ring of tiles is cut: rows of X and of W that a program takes (of gate and of up each, where
+    gated), splits of K and tiles under way."""
 
     rows_x: int
     rows_w: int
@@ -53,9 +54,9 @@ class RingTiles:
 
 
 def plan_product(num_rows: int, num_out: int, size: int, *, may_split: bool) -> Tiles | None:
-    """The tiles that were fastest for such a product on a Hopper GPU (docs/performance.md); None where the library's
-    own product is. `may_split`: whether the result may come as partial sums. Every plan fits an A100's shared memory
-    with elements of 16 bits."""
+    """Of Triton's tiles those that were fastest for such a product on a Hopper GPU (docs/performance.md); None where
+    the library's own product was. `may_split`: whether the result may come as partial sums. Every plan fits an A100's
+    shared memory with elements of 16 bits."""
     if num_rows > LIBRARY_ROWS or num_out * size >= LARGEST_MATRIX:
         return None
     rows_x = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64 if num_rows <= 64 else 128
@@ -102,7 +103,7 @@ def plan_ring(
 ) -> RingTiles | None:
     """The same for a product by a ring: an even share of W for each multiprocessor. None where a share is too large for
     a program's registers, or less than half of the rows of X that the tensor cores multiply."""
-    if num_rows > RING_ROWS or num_out % 8 or size % 8:
+    if not 0 < num_rows <= RING_ROWS or num_out % 8 or size % 8:
         return None
     halves = 2 if gated else 1
     multiplied = multiplied_rows(num_rows)
@@ -113,7 +114,7 @@ def plan_ring(
         rows_w = -(-num_out // max(1, processors // splits) // unit) * unit
         if fewest <= rows_w <= most:
             # What the tensor cores read for rows beyond those of X are the rows of W behind them.
-            rows_x = max(-(-num_rows // ROW_UNIT) * ROW_UNIT, multiplied - halves * rows_w)
+            rows_x = max(_row_class(num_rows), multiplied - halves * rows_w)
             stages = RING_BYTES // ((rows_x + halves * rows_w) * ROW_COLUMNS * 2)
             return RingTiles(rows_x, rows_w, splits, stages)
     return None
@@ -122,6 +123,16 @@ def plan_ring(
 def multiplied_rows(num_rows: int) -> int:
     """Of X: a warpgroup's or two's."""
     return 64 if num_rows <= 64 else RING_ROWS
+
+
+def rows_read(num_rows: int) -> int:
+    """Rows of memory that X should have, for no ring to read beyond them: half of a warpgroup's at least, since shares
+    of W have as many or more."""
+    return max(32, _row_class(num_rows)) if num_rows <= RING_ROWS else num_rows
+
+
+def _row_class(num_rows: int) -> int:
+    return next(rows for rows in ROW_CLASSES if num_rows <= rows)
 
 
 def _ring_splits(multiplied: int, size: int) -> tuple[int, ...]:

@@ -19,12 +19,13 @@ from medusa.kernels import ring_product as module
 from medusa.kernels import tiles as tiles_module
 from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
 from medusa.kernels.launch import has_warpgroups
-from medusa.kernels.matmul import gated, matmul, product
+from medusa.kernels.matmul import gated, matmul, product, rows_for_product
 from medusa.kernels.norm import add_norm, add_norm_reference
 from medusa.kernels.ring_product import ProductKernel, ring_product
 from medusa.kernels.tiles import (
     EARLY_ROWS,
     RING_ROWS,
+    ROW_CLASSES,
     RingTiles,
     Tiles,
     multiplied_rows,
@@ -79,11 +80,31 @@ def test_a_7b_models_products_are_spread_evenly():
 def test_the_tensor_cores_read_nothing_behind_the_last_tile():
     assert plan_ring(1, 6144, 4096, processors=132) == RingTiles(16, 48, 1, 28)  # 64 rows from X on
     assert plan_ring(1, 4104, 4096, processors=132) == RingTiles(32, 32, 1, 28)
-    assert plan_ring(65, 12288, 4096, processors=132) == RingTiles(72, 96, 1, 10)  # 128
+    assert plan_ring(65, 12288, 4096, processors=132) == RingTiles(96, 96, 1, 9)  # 128
+
+
+def test_no_ring_reads_rows_that_a_product_has_no_memory_for():
+    found = set()
+    for rows, num_out, size, how in itertools.product(
+        range(1, RING_ROWS + 1), range(2048, 16384, 1024), (4096, 11008), ({}, {"may_split": True}, {"gated": True})
+    ):
+        if (plan := plan_ring(rows, num_out, size, processors=132, **how)) is not None:
+            room = rows_for_product(rows, 2, like=half(0))
+            assert rows == len(room) <= plan.rows_x <= room.untyped_storage().nbytes() // 4
+            found.add(plan.rows_x)
+    assert set(ROW_CLASSES) <= found
+    assert rows_for_product(RING_ROWS + 1, 2, like=half(0)).untyped_storage().nbytes() == (RING_ROWS + 1) * 4
+
+
+@pytest.mark.parametrize(("rows", "ahead"), [(1, 3), (16, 3), (17, 2), (128, 2)])
+def test_few_rows_have_one_tile_more_under_way(rows, ahead):
+    tiles = plan_ring(rows, 12288, 4096, processors=132)
+    assert f"#define AHEAD {ahead}\n" in ProductKernel(tiles, 1, True, torch.bfloat16).source
 
 
 def test_other_products_are_left_to_the_other_kernels():
-    assert plan_ring(RING_ROWS + 1, 12288, 4096, processors=132) is None
+    for rows in (0, RING_ROWS + 1):
+        assert plan_ring(rows, 12288, 4096, processors=132) is None
     assert plan_ring(1, 3072, 4096, processors=132) is None  # 24 rows of W
     assert plan_ring(64, 12284, 4096, processors=132) is None  # eight columns are stored by four threads
     assert plan_ring(64, 12288, 4092, processors=132) is None  # rows at multiples of 16 bytes
@@ -149,18 +170,18 @@ def launch_of(hopper):
 
 def test_products_of_many_rows_are_launched_as_rings(hopper):
     x, weight, bias = half(100, 4160)[:, :4096], half(6144, 4096), half(6144)
-    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(104, 96, 1, 8)
+    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(128, 96, 1, 8)
     out = half(40, 6152)[:, :6144]
     product(x[:40], weight, out, bias, pdl=True)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
-    assert kernel == ProductKernel(RingTiles(40, 48, 1, 20), 1, True, torch.bfloat16) and grid == (128, 1, 1)
-    assert of_weight == ([4096, 6144, 1], [4096, 6144 * 4096], [64, 48, 1]) and of_x == ([4096, 40], [4160], [64, 40])
+    assert kernel == ProductKernel(RingTiles(64, 48, 1, 16), 1, True, torch.bfloat16) and grid == (128, 1, 1)
+    assert of_weight == ([4096, 6144, 1], [4096, 6144 * 4096], [64, 48, 1]) and of_x == ([4096, 64], [4160], [64, 64])
     assert rest == [out.data_ptr(), bias.data_ptr(), 40, 6144, 64, 6152, 0]
     partial = torch.zeros(3, 100, 4096)
     product(half(100, 11008), half(4096, 11008), partial)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
-    assert kernel == ProductKernel(RingTiles(104, 96, 3, 8), 1, False, torch.bfloat16) and grid == (43, 3, 1)
-    assert of_x == ([11008, 100], [11008], [64, 104])
+    assert kernel == ProductKernel(RingTiles(128, 96, 3, 8), 1, False, torch.bfloat16) and grid == (43, 3, 1)
+    assert of_x == ([11008, 100], [11008], [64, 128])
     assert rest == [partial.data_ptr(), None, 100, 4096, 172, 4096, 100 * 4096]
 
 
@@ -202,7 +223,8 @@ def test_without_a_compiler_there_is_no_ring(hopper, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": half(65, 64)}, r"at most 64 .*16 bytes.*got \(65, 64\) with stride 64"),
+        ({"x": half(65, 64)}, r"at most 64, .*16 bytes.*got \(65, 64\) with stride 64"),
+        ({"x": half(1, 64).expand(2, 64)}, r"apart, and start .*got \(2, 64\) with stride 0"),
         ({"x": half(64, 66)[:, :64]}, r"got \(64, 64\) with stride 66"),
         (
             {"x": half(128, 64), "out": half(128, 96), "tiles": RingTiles(128, 96, 1, 9)},
@@ -264,8 +286,8 @@ def matrices(rows, num_out, size, dtype, *, behind=0):
 
 
 def cut(rows, rows_w, splits, stages, halves=1):
-    tiles = RingTiles(-(-rows // 8) * 8, rows_w, splits, stages)
-    return replace(tiles, rows_x=max(tiles.rows_x, multiplied_rows(rows) - halves * rows_w))
+    rows_x = next(most for most in ROW_CLASSES if rows <= most)
+    return RingTiles(max(rows_x, multiplied_rows(rows) - halves * rows_w), rows_w, splits, stages)
 
 
 @pytest.mark.gpu
