@@ -227,7 +227,7 @@ def early_norms(launches, num_nodes, *, rank=None, pdl=True, quantization=None):
 
 @pytest.mark.parametrize("num_nodes", [4, 33, 64])
 def test_norms_before_rings_of_few_rows_are_early(num_nodes, launches):
-    """Not a step's first, which waits for torch's own launch, nor its last, behind which the decoder launches nothing."""
+    """Not a step's first, which waits for torch's own launch, nor its last: the decoder launches nothing behind it."""
     assert early_norms(launches, num_nodes) == [False, True, True, True, False]
 
 
