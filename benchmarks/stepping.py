@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import hardware
 from benchmarks.backbones import check_dtype, load_timed
+from benchmarks.clock import Clock, watched_clock
 from benchmarks.results import write_atomically
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
 from medusa.checkpoint import BackboneRef, Checkpoint, CheckpointMeta
@@ -52,7 +53,8 @@ NOISE = 0.02
 class StepRow:
     """`batch` sequences with `nodes` nodes each and `heads` of HEADS. `over_plain` is over the step of one node a
     sequence; `of_copy` the bytes that it has to read over its time, as a share of the copy rate (all heads', though a
-    step of fewer than five nodes asks not all of Hydra's)."""
+    step of fewer than five nodes asks not all of Hydra's); `clock_mhz` what the GPU's multiprocessors were clocked at
+    meanwhile, where that can be read."""
 
     heads: str
     batch: int
@@ -62,6 +64,7 @@ class StepRow:
     high_ms: float
     over_plain: float | None
     of_copy: float
+    clock_mhz: float | None
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,20 @@ def time_steps(config: StepsConfig) -> str:
     settings = _settings(backbone, config)
     rows: list[StepRow] = []
     kernels: list[KernelRow] = []
-    for heads in config.heads:
-        hardware.release_memory()  # of the engine before, from whose room the next one's cache is cut
-        for row, its_kernels in _time_heads(heads, backbone, tokenizer, config, settings["copy rate, GB/s"] * 1e9):
-            rows.append(row)
-            kernels += its_kernels
-            print(f"{heads} {row.batch} x {row.nodes}: {row.step_ms:.3f} ms", file=sys.stderr, flush=True)
-            _write(config.out, settings, rows, kernels)
+    copy_rate = settings["copy rate, GB/s"] * 1e9
+    with watched_clock(backbone.device) as clock:
+        for heads in config.heads:
+            hardware.release_memory()  # of the engine before, from whose room the next one's cache is cut
+            for row, its_kernels in _time_heads(heads, backbone, tokenizer, config, copy_rate, clock):
+                rows.append(row)
+                kernels += its_kernels
+                print(f"{heads} {row.batch} x {row.nodes}: {row.step_ms:.3f} ms", file=sys.stderr, flush=True)
+                _write(config.out, settings, rows, kernels)
     return _markdown(settings, rows, kernels)
 
 
 def _time_heads(
-    name: str, backbone: Backbone, tokenizer: ChatTokenizer, config: StepsConfig, copy_rate: float
+    name: str, backbone: Backbone, tokenizer: ChatTokenizer, config: StepsConfig, copy_rate: float, clock: Clock
 ) -> Iterator[tuple[StepRow, list[KernelRow]]]:
     """Each shape with an engine that is gone at the end."""
     checkpoint = _fresh_heads(backbone, name, config.head_layers, tokenizer)
@@ -145,14 +150,15 @@ def _time_heads(
     )
     plain_ms: dict[int, float] = {}
     for batch, nodes in config.shapes:
-        timed = _measure(engine, batch, nodes, config)
+        timed = _measure(engine, batch, nodes, config, clock)
         low, median, high = (1e3 * seconds for seconds in statistics.quantiles(timed.seconds, n=4))
         over_plain = median / plain_ms[batch] if batch in plain_ms else None
         if nodes == 1:
             plain_ms.setdefault(batch, median)
         read = hardware.weight_bytes(backbone) + batch * timed.context * hardware.kv_bytes_per_token(backbone)
         read += hardware.heads_bytes(checkpoint.heads, backbone) if nodes > 1 else 0
-        row = StepRow(name, batch, nodes, median, low, high, over_plain, read / (median / 1e3) / copy_rate)
+        of_copy = read / (median / 1e3) / copy_rate
+        row = StepRow(name, batch, nodes, median, low, high, over_plain, of_copy, timed.clock_mhz)
         yield row, [KernelRow(name, batch, nodes, *each) for each in timed.kernels]
 
 
@@ -160,21 +166,23 @@ def _time_heads(
 class _Timed:
     seconds: list[float]
     context: float
+    clock_mhz: float | None
     kernels: list[tuple[str, float, float, float]]
 
 
-def _measure(engine: Engine, batch: int, nodes: int, config: StepsConfig) -> _Timed:
+def _measure(engine: Engine, batch: int, nodes: int, config: StepsConfig, clock: Clock) -> _Timed:
     engine.set_tree(grow(ACCURACY, nodes))
     _fill(engine, batch, config.context, WARM_STEPS + config.repeats + PROFILED_STEPS)
     for _ in range(WARM_STEPS):
         engine.step()
     seconds = []
-    before = time.perf_counter()
+    start, before = time.time(), time.perf_counter()
     for _ in range(config.repeats):
         engine.step()
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
+    clock_mhz = clock.between(start, time.time())
     stats = engine.stats()
     if stats.running != batch:
         raise RuntimeError(f"{batch} sequences were started, {stats.running} still run; lower --repeats or --context")
@@ -183,7 +191,7 @@ def _measure(engine: Engine, batch: int, nodes: int, config: StepsConfig) -> _Ti
         engine.abort(str(index))
     while engine.has_unfinished():
         engine.step()
-    return _Timed(seconds, config.context + WARM_STEPS + config.repeats / 2, kernels)
+    return _Timed(seconds, config.context + WARM_STEPS + config.repeats / 2, clock_mhz, kernels)
 
 
 def _fill(engine: Engine, batch: int, context: int, num_steps: int) -> None:
@@ -256,11 +264,15 @@ def _write(out: Path, settings: dict[str, Any], rows: Sequence[StepRow], kernels
 
 def _markdown(settings: dict[str, Any], rows: Sequence[StepRow], kernels: Sequence[KernelRow]) -> str:
     lines = ["# Decoding steps", "", *(f"- {name}: {value}" for name, value in settings.items()), ""]
-    lines += ["| sequences x nodes | heads | step, ms | over plain | of copy |", "|---|---|---|---|---|"]
+    lines += [
+        "| sequences x nodes | heads | step, ms | over plain | of copy | clock, MHz |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         ratio = f"{row.over_plain:.3f}" if row.over_plain else ""
         timed = f"{row.step_ms:.3f} ({row.low_ms:.3f} to {row.high_ms:.3f})"
-        lines.append(f"| {row.batch} x {row.nodes} | {row.heads} | {timed} | {ratio} | {row.of_copy:.0%} |")
+        clock = f"{row.clock_mhz:,.0f}" if row.clock_mhz else ""
+        lines.append(f"| {row.batch} x {row.nodes} | {row.heads} | {timed} | {ratio} | {row.of_copy:.0%} | {clock} |")
     for batch, nodes, heads in dict.fromkeys((k.batch, k.nodes, k.heads) for k in kernels):
         lines += ["", f"## {batch} x {nodes}, {heads} heads", "", "| kernel | launches | us | ms a step |"]
         lines.append("|---|---|---|---|")

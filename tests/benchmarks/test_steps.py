@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import hardware, stepping
-from benchmarks.stepping import StepsConfig, time_steps
+from benchmarks.stepping import StepRow, StepsConfig, time_steps
 from cli.main import app
 from medusa import Engine, MedusaHeads
 from medusa.config import ConfigError
@@ -34,6 +34,7 @@ def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path
     assert [(r["heads"], r["batch"], r["nodes"]) for r in rows] == [(h, *s) for h in HEADS for s in shapes]
     for row in rows:
         assert 0 < row["low_ms"] <= row["step_ms"] <= row["high_ms"]
+        assert row["clock_mhz"] is None  # of a CPU
     by = {(r["heads"], r["batch"], r["nodes"]): r for r in rows}
     tree, plain = by["own", 1, 8], by["own", 1, 1]
     assert tree["over_plain"] == pytest.approx(tree["step_ms"] / plain["step_ms"])
@@ -49,6 +50,13 @@ def test_every_shape_is_timed_and_compared_with_plain(tiny_llama: Path, tmp_path
         assert row["of_copy"] == pytest.approx((read + blocks + its) / (row["step_ms"] / 1e3) / rate)
     assert page == (tmp_path / "steps.md").read_text()
     assert all(f"| 1 x 8 | {heads} |" in page for heads in HEADS)
+
+
+def test_the_clock_is_shown_where_it_was_read() -> None:
+    rows = [StepRow("own", 4, 32, 4.8, 4.7, 4.9, 1.19, 0.78, clock) for clock in (1695.0, None)]
+    first, second = stepping._markdown({}, rows, []).splitlines()[-2:]
+    assert first == "| 4 x 32 | own | 4.800 (4.700 to 4.900) | 1.190 | 78% | 1,695 |"
+    assert second == "| 4 x 32 | own | 4.800 (4.700 to 4.900) | 1.190 | 78% |  |"
 
 
 def test_layers_of_a_head_are_counted(tiny_llama: Path, tmp_path: Path, monkeypatch) -> None:
