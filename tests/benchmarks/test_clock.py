@@ -71,7 +71,7 @@ def test_a_gpu_is_read_until_the_end(nvidia_smi: Path) -> None:
         (child,) = started(before)
     assert not child.is_running()
     asked = nvidia_smi.read_text()
-    assert asked == "--query-gpu=timestamp,clocks.sm --format=csv,noheader,nounits --id=GPU-0 --loop-ms=20\n"
+    assert asked == "--query-gpu=timestamp,clocks.sm --format=csv,noheader,nounits --id=GPU-0 --loop-ms=50\n"
 
 
 def test_nothing_is_left_running_by_an_error(nvidia_smi: Path) -> None:

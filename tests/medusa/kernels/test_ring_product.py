@@ -123,7 +123,7 @@ def test_other_products_are_left_to_the_other_kernels():
 
 def test_rings_of_few_rows_alone_start_early():
     assert starts_early(EARLY_ROWS, RingTiles(64, 96, 1, 8)) and not starts_early(
-        EARLY_ROWS + 1, RingTiles(72, 96, 1, 8)
+        EARLY_ROWS + 1, RingTiles(96, 96, 1, 8)
     )
     assert not starts_early(1, None) and not starts_early(1, Tiles(16, 64, 128))
 
