@@ -1,5 +1,5 @@
-// What the kernels in CUDA's C++ share: barriers in shared memory, where the tensor cores find a tile, and numbers of 16
-// bits. The launcher defines HALF_TYPE and IS_BFLOAT.
+// What the kernels in CUDA's C++ share: numbers of a whole warp, barriers in shared memory, where the tensor cores find a tile,
+// and numbers of 16 bits. The launcher defines HALF_TYPE and IS_BFLOAT.
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -14,6 +14,10 @@ struct alignas(128) TensorMap {
 __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
+
+// A number that all threads of a warp have in common. So the compiler learns it: it then knows that they go one way, and keeps
+// addresses and counters once a warp.
+__device__ __forceinline__ int common(int number) { return __shfl_sync(~0u, number, 0); }
 
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -73,3 +77,5 @@ __device__ __forceinline__ u32 packed(float low, float high) {
     asm("cvt.rn." HALF_TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
+
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }

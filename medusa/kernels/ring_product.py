@@ -55,11 +55,16 @@ class ProductKernel:
         defined: dict[str, int | str] = {
             "WARPGROUPS": self.warpgroups, "ROWS_X": tiles.rows_x, "FEATURES": tiles.rows_w,
             "HALVES": self.halves, "SPLITS": tiles.splits,
-            "STAGES": tiles.stages, "AHEAD": AHEAD_OF_FEW if tiles.rows_x <= FEW_ROWS else AHEAD, "PDL": int(self.pdl),
+            "STAGES": tiles.stages, "AHEAD": ahead_of(tiles.rows_x), "PDL": int(self.pdl),
             "OUT_TYPE": "float" if tiles.splits > 1 else "u16",
         }  # fmt: skip
         multiply = _multiply(self.halves * tiles.rows_w, HALF_TYPES[self.dtype])
         return source_of(self.name, defined, self.dtype, multiply)
+
+
+def ahead_of(rows_x: int) -> int:
+    """Tiles of the matrix under way at a time until the kernel ahead has ended."""
+    return AHEAD_OF_FEW if rows_x <= FEW_ROWS else AHEAD
 
 
 def _multiply(rows_w: int, half: str) -> str:
@@ -94,7 +99,7 @@ def ring_product(
     row = weight.stride(0)
     maps = [
         tensor_map(weight, [size, num_out, halves], [row, num_out * row], [ROW_COLUMNS, tiles.rows_w, halves]),
-        tensor_map(x, [size, _rows_there(x, tiles.rows_x)], [x.stride(0)], [ROW_COLUMNS, tiles.rows_x]),
+        tensor_map(x, [size, rows_there(x, tiles.rows_x)], [x.stride(0)], [ROW_COLUMNS, tiles.rows_x]),
     ]
     others = [
         ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if bias is None else bias.data_ptr()),
@@ -105,7 +110,7 @@ def ring_product(
     return out
 
 
-def _rows_there(x: torch.Tensor, wanted: int) -> int:
+def rows_there(x: torch.Tensor, wanted: int) -> int:
     """How many rows can be read from x on, at most `wanted`: for others the hardware fills in zeros, which takes
     longer. A row gives nothing to another's results."""
     elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
