@@ -128,7 +128,7 @@ class FusedDecoder:
         product(buffers.normed_Md, layer.qkv, buffers.qkv_MHD.flatten(1), layer.qkv_bias, pdl=self.pdl)
         self._attend(cache, layer, nodes, buffers)
         product(buffers.attended_MHD.flatten(1), layer.out, buffers.out_SMd, pdl=self.pdl)
-        next_tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up)
+        next_tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up, buffers.normed_Md.dtype)
         self._add_norm(buffers.out_SMd, layer.mlp_norm, buffers, next_tiles, layer.out_bias)
 
     def _attend(self, cache: torch.Tensor, layer: Layer, nodes: StepNodes, buffers: Buffers) -> None:
@@ -150,7 +150,7 @@ class FusedDecoder:
         )  # fmt: skip
 
     def _mlp(self, layer: Layer, buffers: Buffers) -> None:
-        tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up)
+        tiles = plan_gated_of(len(buffers.normed_Md), layer.gate_up, buffers.normed_Md.dtype)
         if tiles is None:
             if isinstance(layer.gate_up, QuantizedWeight):
                 product(buffers.normed_Md, layer.gate_up, buffers.both_M2F, pdl=self.pdl)
@@ -167,7 +167,7 @@ class FusedDecoder:
             self._add_norm(buffers.down_SMd, self._norm, buffers, None)
         else:
             following = self._layers[index + 1]
-            next_tiles = plan_of(len(buffers.normed_Md), following.qkv, may_split=False)
+            next_tiles = plan_of(len(buffers.normed_Md), following.qkv, buffers.normed_Md.dtype, may_split=False)
             self._add_norm(buffers.down_SMd, following.input_norm, buffers, next_tiles)
 
     def _add_norm(
@@ -206,7 +206,7 @@ class FusedDecoder:
             return torch.empty(*shape, dtype=dtype, device=self._cache.device)
 
         def partial(weight: Weight) -> torch.Tensor:
-            tiles = plan_of(num_nodes, weight, may_split=True)
+            tiles = plan_of(num_nodes, weight, self._embedding.dtype, may_split=True)
             splits = tiles.splits if tiles else 1
             return empty(splits, num_nodes, size, dtype=torch.float32 if splits > 1 else self._embedding.dtype)
 

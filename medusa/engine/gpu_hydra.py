@@ -74,7 +74,7 @@ class GpuHydra:
 
     def _block(self, linear: nn.Linear, x: torch.Tensor, residual_Cd: torch.Tensor) -> torch.Tensor:
         """residual + SiLU(linear(x))."""
-        tiles = plan_of(len(x), linear.weight, may_split=True)
+        tiles = plan_of(len(x), linear.weight, x.dtype, may_split=True)
         splits = tiles.splits if tiles else 1
         dtype = torch.float32 if splits > 1 else x.dtype
         partial_SCd = x.new_empty(splits, *residual_Cd.shape, dtype=dtype)

@@ -117,17 +117,21 @@ class TensorMap:
 
 
 def tensor_map(tensor: torch.Tensor, sizes: list[int], strides: list[int], box: list[int]) -> TensorMap:
-    """Sizes, strides and the box of a tile in elements, innermost first. What lies outside is read as zero."""
+    """Sizes, strides and the box of a tile in elements of 16 bits or one byte, innermost first. What lies outside is
+    read as zero."""
     from cuda.bindings import driver
 
     kinds = driver.CUtensorMapDataType
-    is_bfloat = tensor.dtype == torch.bfloat16
+    kind = {
+        torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.int8: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        torch.float8_e4m3fn: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    }[tensor.dtype]
     found = TensorMap(ctypes.create_string_buffer(2 * _TENSOR_MAP_BYTES))
     rank = len(sizes)
     outcome = _encode_tiled()(
-        found.address,
-        int(kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if is_bfloat else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16),
-        rank, tensor.data_ptr(),
+        found.address, int(kind), rank, tensor.data_ptr(),
         (ctypes.c_uint64 * rank)(*sizes),
         (ctypes.c_uint64 * (rank - 1))(*(stride * tensor.element_size() for stride in strides)),
         (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from medusa.kernels.launch import await_inputs, options
+from medusa.kernels.ring_bytes import ring_bytes
 from medusa.kernels.ring_product import ring_product
 from medusa.kernels.tiles import RingTiles, Tiles, Weight, plan_of, rows_read
 from medusa.kernels.widen import widened
@@ -193,11 +194,13 @@ def product(
 ) -> torch.Tensor:
     """x @ weight.T (+ bias) into `out` [M, N] by whatever is fastest; into `out` [S, M, N] as partial sums, where S is
     what `plan_of` splits it into."""
-    tiles = plan_of(len(x), weight, may_split=out.dim() == 3)
+    tiles = plan_of(len(x), weight, x.dtype, may_split=out.dim() == 3)
     target = out[0] if out.dim() == 3 and len(out) == 1 else out
     if isinstance(tiles, Tiles):
         return matmul(x, weight, target, tiles, bias, pdl=pdl)
-    assert isinstance(weight, torch.Tensor)  # a quantised one always has a plan of `Tiles`
+    if isinstance(weight, QuantizedWeight):
+        assert tiles is not None  # a quantised one always has a plan
+        return ring_bytes(x, weight, target, tiles, bias, pdl=pdl)
     if tiles is not None:
         return ring_product(x, weight, target, tiles, bias, pdl=pdl)
     if bias is not None:
@@ -215,7 +218,8 @@ def gated(
 ) -> torch.Tensor:
     """silu(x @ gate.T) * (x @ up.T) -> out [M, N], where weight [2N, K] is gate above up."""
     if isinstance(tiles, RingTiles):
-        assert isinstance(weight, torch.Tensor)  # a quantised one has none
+        if isinstance(weight, QuantizedWeight):
+            return ring_bytes(x, weight, out, tiles, gated=True, pdl=pdl)
         return ring_product(x, weight, out, tiles, gated=True, pdl=pdl)
     num_rows, (num_both, size) = x.shape[0], weight.shape
     values, scale = _parts(weight)

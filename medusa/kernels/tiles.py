@@ -1,6 +1,6 @@
 """How products of a few rows with a large frozen matrix are cut: the plans that were fastest on a Hopper GPU
 (docs/performance.md). `Tiles` are Triton's (matmul.py), and every plan of them fits an A100's shared memory with
-elements of 16 bits; `RingTiles` are Hopper's own (ring_product.py).
+elements of 16 bits; `RingTiles` are Hopper's own (ring_product.py, ring_bytes.py).
 
 Shapes as in matmul.py.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from medusa.kernels.hopper import ROW_COLUMNS, has_compiler
+from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, has_compiler
 from medusa.kernels.launch import has_warpgroups
 from medusa.quantization import QuantizedWeight
 
@@ -26,6 +26,9 @@ RING_ROWS = 128  # of X, at most
 ROW_UNIT = 8  # rows, of the swizzled layout
 ROW_CLASSES = (8, 16, 32, 64, 96, RING_ROWS)  # rows of X in a tile: few, since a kernel is compiled for each
 RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
+BYTE_COLUMNS = 128  # of a tile, where a value has one byte
+BYTE_SPLITS = 4  # so a program of a 7B model's narrow products has 128 rows of W, half of them with two
+SHORT_RING_BYTES = 168 * 1024  # faster up to 32 rows of X, where tiles of the matrix are nearly all of the ring
 EARLY_ROWS = 64  # up to which products by a ring start early: steps of 65 to 128 rows gained nothing by it, or lost
 
 
@@ -120,6 +123,26 @@ def plan_ring(
     return None
 
 
+def plan_ring_bytes(
+    num_rows: int, num_out: int, size: int, *, processors: int, may_split: bool = False, gated: bool = False
+) -> RingTiles | None:
+    """The same for a weight of one byte a value, of which each of a program's warps has 16 rows to widen."""
+    if not 0 < num_rows <= RING_ROWS or num_out % 8 or size % 16:
+        return None
+    halves, splits = 2 if gated else 1, BYTE_SPLITS if may_split and size >= 1024 else 1
+    rows_w = -(-num_out // max(1, processors // splits) // ROW_UNIT) * ROW_UNIT
+    rows_x = _row_class(num_rows)
+    if not 32 <= halves * rows_w <= most_rows_of_bytes(rows_x):  # fewer are less than half of a warpgroup's
+        return None
+    room = SHORT_RING_BYTES if rows_x <= 32 else RING_BYTES
+    return RingTiles(rows_x, rows_w, splits, room // ((2 * rows_x + halves * rows_w) * BYTE_COLUMNS))
+
+
+def most_rows_of_bytes(rows_x: int) -> int:
+    """Rows of W, of both halves, of whose sums a program's threads have registers enough."""
+    return 256 if rows_x < RING_ROWS else 192
+
+
 def multiplied_rows(num_rows: int) -> int:
     """Of X: a warpgroup's or two's."""
     return 64 if num_rows <= 64 else RING_ROWS
@@ -143,18 +166,20 @@ def _ring_splits(multiplied: int, size: int) -> tuple[int, ...]:
     return (2,) if multiplied == 64 or size < 8192 else (3, 4)
 
 
-def plan_of(num_rows: int, weight: Weight, *, may_split: bool) -> Tiles | RingTiles | None:
-    """The plan for a weight of either kind, on its device."""
+def plan_of(num_rows: int, weight: Weight, dtype: torch.dtype, *, may_split: bool) -> Tiles | RingTiles | None:
+    """The plan for a weight of either kind, on its device; `dtype` is of X."""
     if isinstance(weight, QuantizedWeight):
-        return plan_quantized(num_rows, *weight.shape, may_split=may_split)
+        bytes_ring = _ring_bytes_of(num_rows, weight, dtype, may_split=may_split)
+        return bytes_ring or plan_quantized(num_rows, *weight.shape, may_split=may_split)
     ring = _ring_of(num_rows, weight, may_split=may_split)
     return ring or plan_product(num_rows, *weight.shape, may_split=may_split)
 
 
-def plan_gated_of(num_rows: int, weight: Weight) -> Tiles | RingTiles | None:
+def plan_gated_of(num_rows: int, weight: Weight, dtype: torch.dtype) -> Tiles | RingTiles | None:
     """The same for a gated product, gate above up; None: take `product` and gate after it."""
     if isinstance(weight, QuantizedWeight):
-        return Tiles(16, 32, 128, stages=6, warps=2) if num_rows <= 16 else None
+        bytes_ring = _ring_bytes_of(num_rows, weight, dtype, gated=True)
+        return bytes_ring or (Tiles(16, 32, 128, stages=6, warps=2) if num_rows <= 16 else None)
     return _ring_of(num_rows, weight, gated=True) or plan_gated(num_rows)
 
 
@@ -165,7 +190,7 @@ def starts_early(num_rows: int, tiles: Tiles | RingTiles | None) -> bool:
 
 
 def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, gated: bool = False) -> RingTiles | None:
-    if num_rows > RING_ROWS or not _has_ring(weight):
+    if num_rows > RING_ROWS or weight.dtype not in HALF_TYPES or not _has_ring(weight):
         return None
     num_out, size = weight.shape
     return plan_ring(
@@ -174,16 +199,22 @@ def _ring_of(num_rows: int, weight: torch.Tensor, *, may_split: bool = False, ga
     )  # fmt: skip
 
 
+def _ring_bytes_of(
+    num_rows: int, weight: QuantizedWeight, dtype: torch.dtype, *, may_split: bool = False, gated: bool = False
+) -> RingTiles | None:
+    if num_rows > RING_ROWS or dtype not in HALF_TYPES or not _has_ring(weight.values):
+        return None
+    num_out, size = weight.shape
+    return plan_ring_bytes(
+        num_rows, num_out // 2 if gated else num_out, size,
+        processors=_processors(weight.values.device), may_split=may_split, gated=gated,
+    )  # fmt: skip
+
+
 def _has_ring(weight: torch.Tensor) -> bool:
-    """Whether a ring can read the weight: on Hopper, 16 bits an element, whole rows at multiples of 16 bytes, and
-    NVIDIA's compiler and driver within reach, which torch's builds for CUDA bring."""
-    return (
-        has_warpgroups(weight.device)
-        and weight.dtype in (torch.bfloat16, torch.float16)
-        and weight.is_contiguous()
-        and weight.data_ptr() % 16 == 0
-        and has_compiler()
-    )
+    """Whether a ring can read the weight: on Hopper, whole rows from a multiple of 16 bytes on, and NVIDIA's compiler
+    and driver within reach, which torch's builds for CUDA bring."""
+    return has_warpgroups(weight.device) and weight.is_contiguous() and weight.data_ptr() % 16 == 0 and has_compiler()
 
 
 @functools.cache

@@ -324,7 +324,9 @@ def quantized_cases() -> list[Case]:
             case = Case("matmul._matmul", constants, its_types, tiles.warps, tiles.stages)
             cases[values, tiles, may_split] = case
         gated = plan_gated_of(
-            rows, QuantizedWeight(torch.empty(22016, 4096, dtype=torch.int8, device="meta"), torch.ones(1))
+            rows,
+            QuantizedWeight(torch.empty(22016, 4096, dtype=torch.int8, device="meta"), torch.ones(1)),
+            torch.bfloat16,
         )
         if gated is not None:
             constants = tile_constants(gated) | {"K": 4096}

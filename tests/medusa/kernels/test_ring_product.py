@@ -143,8 +143,8 @@ def test_no_plan_has_more_programs_than_the_gpu_has_multiprocessors(processors):
 
 def test_a_cpu_has_no_ring():
     weight = torch.zeros(12288, 64, dtype=torch.bfloat16)
-    assert plan_of(64, weight, may_split=False) == plan_product(64, 12288, 64, may_split=False)
-    assert plan_gated_of(64, weight) == plan_gated(64)
+    assert plan_of(64, weight, torch.bfloat16, may_split=False) == plan_product(64, 12288, 64, may_split=False)
+    assert plan_gated_of(64, weight, torch.bfloat16) == plan_gated(64)
 
 
 @pytest.fixture
@@ -170,7 +170,7 @@ def launch_of(hopper):
 
 def test_products_of_many_rows_are_launched_as_rings(hopper):
     x, weight, bias = half(100, 4160)[:, :4096], half(6144, 4096), half(6144)
-    assert plan_of(100, half(12288, 4096), may_split=False) == RingTiles(128, 96, 1, 8)
+    assert plan_of(100, half(12288, 4096), torch.bfloat16, may_split=False) == RingTiles(128, 96, 1, 8)
     out = half(40, 6152)[:, :6144]
     product(x[:40], weight, out, bias, pdl=True)
     kernel, grid, of_weight, of_x, rest = launch_of(hopper)
@@ -195,7 +195,7 @@ def test_rows_behind_those_of_x_are_read_where_there_are_some(behind, read, hopp
 
 def test_gated_products_of_many_rows_are_launched_as_rings(hopper):
     x, weight, out = half(64, 4096), half(22016, 4096), half(64, 11008)
-    plan = plan_gated_of(64, weight)
+    plan = plan_gated_of(64, weight, torch.bfloat16)
     assert plan == RingTiles(64, 84, 1, 7)
     gated(x, weight, out, plan, pdl=True)
     kernel, grid, of_weight, _, rest = launch_of(hopper)
@@ -206,18 +206,18 @@ def test_gated_products_of_many_rows_are_launched_as_rings(hopper):
 
 def test_weights_that_the_hardware_cannot_copy_have_no_ring(hopper):
     whole = half(12288, 4096)
-    assert isinstance(plan_of(64, whole, may_split=False), RingTiles)
+    assert isinstance(plan_of(64, whole, torch.bfloat16, may_split=False), RingTiles)
     odd = torch.zeros(12288 * 4096 + 1, dtype=torch.bfloat16)[1:].view(12288, 4096)
     for weight in (whole.float(), half(12288, 4104)[:, :4096], odd):
-        assert isinstance(plan_of(64, weight, may_split=False), Tiles)
+        assert isinstance(plan_of(64, weight, torch.bfloat16, may_split=False), Tiles)
 
 
 def test_without_a_compiler_there_is_no_ring(hopper, monkeypatch):
     weight = half(12288, 4096)
-    assert isinstance(plan_of(64, weight, may_split=False), RingTiles)
+    assert isinstance(plan_of(64, weight, torch.bfloat16, may_split=False), RingTiles)
     monkeypatch.setattr(tiles_module, "has_compiler", lambda: False)
-    assert plan_of(64, weight, may_split=False) == plan_product(64, 12288, 4096, may_split=False)
-    assert plan_gated_of(64, weight) == plan_gated(64)
+    assert plan_of(64, weight, torch.bfloat16, may_split=False) == plan_product(64, 12288, 4096, may_split=False)
+    assert plan_gated_of(64, weight, torch.bfloat16) == plan_gated(64)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +343,9 @@ def test_a_gated_product_is_that_of_torch_and_of_triton(rows, channels, rows_w):
 @on_hopper
 def test_a_graph_of_ring_products_replays():
     x, weight = matrices(64, 4096, 4096, torch.bfloat16)
-    tiles = plan_of(64, weight, may_split=True)
+    tiles = plan_of(64, weight, torch.bfloat16, may_split=True)
     assert isinstance(tiles, RingTiles) and isinstance(
-        plan_gated_of(64, matrices(1, 22016, 4096, x.dtype)[1]), RingTiles
+        plan_gated_of(64, matrices(1, 22016, 4096, x.dtype)[1], x.dtype), RingTiles
     )
     partial = torch.zeros(tiles.splits, 64, 4096, device="cuda")
     product(x, weight, partial, pdl=True)

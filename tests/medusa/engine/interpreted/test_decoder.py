@@ -194,7 +194,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(tiles, "has_warpgroups", lambda _: True)
     monkeypatch.setattr(tiles, "has_compiler", lambda: True)
     monkeypatch.setattr(tiles, "_processors", lambda _: 2)
-    monkeypatch.setattr(matmul, "ring_product", lambda x, *_, **__: launched.append(ring_of(x)))
+    for ring in ("ring_product", "ring_bytes"):
+        monkeypatch.setattr(matmul, ring, lambda x, *_, **__: launched.append(ring_of(x)))
     monkeypatch.setattr(matmul, "matmul", lambda *_, **__: launched.append("triton"))
     monkeypatch.setattr(decoder_module, "add_norm", lambda *_, **how: launched.append(how))
     monkeypatch.setattr(decoder_module, "attend", lambda *_, **__: launched.append("attention"))
@@ -225,10 +226,12 @@ def early_norms(launches, num_nodes, *, rank=None, pdl=True, quantization=None):
     return early
 
 
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
 @pytest.mark.parametrize("num_nodes", [4, 33, 64])
-def test_norms_before_rings_of_few_rows_are_early(num_nodes, launches):
+def test_norms_before_rings_of_few_rows_are_early(num_nodes, quantization, launches):
     """Not a step's first, which waits for torch's own launch, nor its last: the decoder launches nothing behind it."""
-    assert early_norms(launches, num_nodes) == [False, True, True, True, False]
+    found = early_norms(launches, num_nodes, quantization=quantization)
+    assert found == [False, True, True, True, False] and "triton" not in launches
 
 
 def test_norms_before_other_products_are_not_early(launches, monkeypatch):
@@ -242,10 +245,9 @@ def test_norms_before_rings_of_more_rows_are_not_early(num_nodes, launches):
     assert "ring" in launches
 
 
-@pytest.mark.parametrize("how", [{"quantization": "int8"}, {"rank": LoneRank()}], ids=["quantized", "rank"])
-def test_nor_any_before_tritons_products_or_behind_sums_over_processes(how, launches):
-    assert not any(early_norms(launches, 64, **how))
-    assert ("ring" in launches) == ("rank" in how)
+def test_nor_any_behind_sums_over_processes(launches):
+    assert not any(early_norms(launches, 64, rank=LoneRank()))
+    assert "ring" in launches
 
 
 def test_nor_any_without_a_compiler_or_dependent_launch(launches, monkeypatch):

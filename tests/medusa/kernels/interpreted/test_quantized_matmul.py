@@ -86,12 +86,14 @@ def test_every_number_of_rows_takes_the_kernel(rows, monkeypatch):
 def test_every_product_with_a_quantised_weight_has_a_plan(rows, num_out):
     weight = QuantizedWeight(torch.empty(num_out, 4096, dtype=torch.int8), torch.empty(num_out))
     for may_split in (False, True):
-        tiles = plan_of(rows, weight, may_split=may_split)
+        tiles = plan_of(rows, weight, torch.bfloat16, may_split=may_split)
         assert tiles == plan_quantized(rows, num_out, 4096, may_split=may_split)
         assert tiles.splits == 1 or (may_split and rows <= LIBRARY_ROWS)
-    assert (plan_gated_of(rows, weight) is None) == (rows > 16)
+    assert (plan_gated_of(rows, weight, torch.bfloat16) is None) == (rows > 16)
     plain_weight = torch.empty(num_out, 4096, device="meta")
-    assert plan_of(rows, plain_weight, may_split=True) == plan_product(rows, num_out, 4096, may_split=True)
+    assert plan_of(rows, plain_weight, plain_weight.dtype, may_split=True) == plan_product(
+        rows, num_out, 4096, may_split=True
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -86,5 +86,5 @@ def test_many_rows_of_a_gated_product_take_two_launches(tiny_llama, monkeypatch)
         tokenizer = ChatTokenizer.from_pretrained(tiny_llama)
         engine = engine_class(backbone, tokenizer, speculation="off", max_batch_size=1, max_model_len=96)
         replies.append(engine.generate(prompt, params)[0].token_ids)
-    assert plan_gated_of(128, fuse(backbone.model.base_model.layers[0]).gate_up) is None
+    assert plan_gated_of(128, fuse(backbone.model.base_model.layers[0]).gate_up, torch.float32) is None
     assert replies[0] == replies[1]
