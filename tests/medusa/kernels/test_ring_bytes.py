@@ -202,7 +202,7 @@ def test_what_the_kernel_does_not_take_is_refused(change, message, hopper):
     assert len(hopper) == 1
 
 
-def kernels(rows=(1, 16, 64, 96, 128)) -> set[BytesKernel]:
+def kernels(rows=(1, 96, 128)) -> set[BytesKernel]:
     """What the models of aot.py need."""
     found = set()
     for model, num_rows in itertools.product(MODELS, rows):
@@ -223,7 +223,7 @@ def test_every_plan_compiles_for_hopper_fits_and_does_not_spill(monkeypatch, tmp
     found = kernels()
     assert len(found) >= 12 and {kernel.halves for kernel in found} == {1, 2}
     of_7b = [kernel for kernel in found if kernel.tiles.rows_w in (88, 96)]
-    assert len(of_7b) >= 10 and {kernel.sets for kernel in of_7b} == {1, 2}
+    assert len(of_7b) >= 6 and {kernel.sets for kernel in of_7b} == {1, 2}
     others = {replace(kernel, stored=torch.float8_e4m3fn, pdl=False) for kernel in of_7b}
     for kernel in found | others | {replace(kernel, dtype=torch.float16) for kernel in others}:
         assert kernel.shared_bytes <= SHARED_BYTES, kernel
