@@ -48,6 +48,9 @@ def decode(
     inflate: Annotated[
         str | None, typer.Option(help="Embed the model and heads in a larger shape: vicuna-7b, ...")
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="Weights of one byte, for Hugging Face's rows too: int8 or fp8.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as the engine's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = None,
     kv_cache_gb: Annotated[
@@ -87,6 +90,7 @@ def decode(
         peers=peers,
         peers_at=_numbers(peers_at, int, "--peers-at"),
         inflate=inflate,
+        quantization=quantization,
         dtype=dtype,
         device=device,
         kv_cache_gb=kv_cache_gb,

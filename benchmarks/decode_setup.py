@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import hardware
-from benchmarks.backbones import check_dtype, load_timed
+from benchmarks.backbones import check_dtype, check_quantization, load_timed
 from benchmarks.host_steps import check_grammar_rows
 from benchmarks.inflate import inflate_checkpoint
 from benchmarks.planning import MIN_REPEATS
@@ -45,6 +45,7 @@ class DecodeConfig:
     peers: bool = True
     peers_at: tuple[int, ...] = ()
     inflate: str | None = None
+    quantization: str | None = None
     dtype: str | None = None
     device: str | None = None
     kv_cache_gb: float | None = None
@@ -60,6 +61,7 @@ class DecodeConfig:
         if self.num_prompts < 1 or self.max_tokens < MIN_REPLY or self.context < 0:
             raise ConfigError(f"--num-prompts is at least 1, --max-tokens at least {MIN_REPLY}, --context at least 0")
         check_dtype(self.dtype)
+        check_quantization(self.quantization)
         if self.grammar:
             check_grammar_rows(self.temperatures)
         if not set(self.peers_at) <= set(self.concurrency):
@@ -68,7 +70,7 @@ class DecodeConfig:
 
 def load(config: DecodeConfig) -> tuple[Backbone, Checkpoint | None, ChatTokenizer]:
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    small, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
+    small, backbone = load_timed(config.model, config.inflate, config.dtype, config.device, config.quantization)
     checkpoint = load_checkpoint(config.heads, small) if config.heads else None
     if checkpoint is not None and backbone is not small:
         checkpoint = inflate_checkpoint(checkpoint, backbone)
@@ -90,6 +92,7 @@ def settings_of(config: DecodeConfig, backbone: Backbone, copy_rate: float) -> d
         "model": backbone.name,
         "heads": str(config.heads) if config.heads else "none",
         "dtype": str(backbone.dtype).removeprefix("torch."),
+        "quantization": backbone.quantization or "none",
         "device": hardware.device_name(backbone.device),
         "threads": torch.get_num_threads() if backbone.device.type == "cpu" else os.cpu_count(),
         "torch": torch.__version__,

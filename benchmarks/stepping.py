@@ -15,12 +15,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 import torch
 
 from benchmarks import hardware
-from benchmarks.backbones import check_dtype, load_timed
+from benchmarks.backbones import check_dtype, check_quantization, load_timed
 from benchmarks.clock import Clock, watched_clock
 from benchmarks.results import write_atomically
 from medusa import Engine, HeadsConfig, MedusaHeads, SamplingParams
@@ -29,7 +29,6 @@ from medusa.config import ConfigError
 from medusa.heads import DraftHeads, Vocabulary
 from medusa.hydra import HydraHeads
 from medusa.model import Backbone
-from medusa.quantization import Quantization
 from medusa.tokenizer import ChatTokenizer
 from medusa.tree import grow
 
@@ -39,7 +38,6 @@ HEADS: dict[str, tuple[type[DraftHeads], Vocabulary]] = {
     "hydra": (HydraHeads, "shared"),
     "hydra-own": (HydraHeads, "own"),
 }
-QUANTIZATIONS = get_args(Quantization)
 NUM_HEADS = 4
 ACCURACY = [[0.5 / (k + 1) ** 0.5 * 0.5**rank for rank in range(8)] for k in range(NUM_HEADS)]
 WARM_STEPS = 6
@@ -104,8 +102,7 @@ class StepsConfig:
         if self.head_layers < 1:
             raise ConfigError(f"--head-layers is at least 1, got {self.head_layers}")
         check_dtype(self.dtype)
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ConfigError(f"--quantization is one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+        check_quantization(self.quantization)
         if self.repeats < MIN_REPEATS or self.context < 1:
             raise ConfigError(
                 f"--repeats is at least {MIN_REPEATS} and --context at least 1, got {self.repeats} and {self.context}"
@@ -117,9 +114,7 @@ class StepsConfig:
 def time_steps(config: StepsConfig) -> str:
     """Times every shape, writing after each, and returns the Markdown page."""
     tokenizer = ChatTokenizer.from_pretrained(config.model)
-    _, backbone = load_timed(config.model, config.inflate, config.dtype, config.device)
-    if config.quantization is not None:
-        backbone.quantize(cast(Quantization, config.quantization))
+    _, backbone = load_timed(config.model, config.inflate, config.dtype, config.device, config.quantization)
     settings = _settings(backbone, config)
     rows: list[StepRow] = []
     kernels: list[KernelRow] = []

@@ -26,6 +26,7 @@ from medusa import Engine, SamplingParams, Typical
 from medusa.checkpoint import load_checkpoint, save_checkpoint
 from medusa.config import ConfigError
 from medusa.hydra import HydraHeads
+from medusa.model import Backbone
 from tests.medusa.engine.support import TREES, build_engine, checkpoint_of, hugging_face, load, load_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -296,6 +297,36 @@ def test_the_benchmark_writes_json_markdown_and_plots(
     assert files == ["decode.json", "decode.md", "over_plain.png", "step_ms.png", "tokens_per_second.png"]
 
 
+def test_weights_of_one_byte_are_timed_for_every_contender(
+    tiny_llama: Path, heads: Path, prompt_file: Path, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(hardware, "copy_rate", lambda device: 5e9)
+    config = DecodeConfig(
+        prompts=prompt_file,
+        model=str(tiny_llama),
+        heads=heads,
+        max_tokens=8,
+        temperatures=(0.0,),
+        concurrency=(1,),
+        repeats=3,
+        num_prompts=2,
+        context=40,
+        typical=False,
+        quantization="int8",
+        device="cpu",
+        out=tmp_path,
+    )
+    page = DecodeBenchmark(config).run()
+    content = json.loads((tmp_path / "decode.json").read_text())
+    assert {row["contender"] for row in content["rows"]} == {"plain, T=0", "medusa, T=0", "HF generate, T=0"}
+    assert "- quantization: int8" in page and content["settings"]["quantization"] == "int8"
+    backbone = Backbone.from_pretrained(tiny_llama, device="cpu", quantization="int8")
+    assert hardware.weight_bytes(backbone) < hardware.weight_bytes(Backbone.from_pretrained(tiny_llama, device="cpu"))
+    read = hardware.weight_bytes(backbone) + (40 + 8 / 2) * hardware.kv_bytes_per_token(backbone)
+    plain = next(row for row in content["rows"] if row["contender"] == "plain, T=0")
+    assert plain["bandwidth_share"] == pytest.approx(read / (plain["step_ms"] * 5e6))
+
+
 def test_the_command_runs_the_whole_table_by_default_and_prints_it(prompt_file: Path, monkeypatch) -> None:
     asked = []
 
@@ -347,6 +378,7 @@ def test_a_small_model_is_measured_in_a_larger_shape(
         ({"concurrency": ()}, "--concurrency"),
         ({"temperatures": (-1.0,)}, "--temperatures"),
         ({"dtype": "int4"}, "--dtype is one of"),
+        ({"quantization": "int4"}, "--quantization is one of int8, fp8, got 'int4'"),
         ({"peers_at": (3,)}, "--peers-at"),
         ({"max_tokens": 7}, "--max-tokens"),
     ],
