@@ -10,19 +10,18 @@
 // SPLITS > 1 float32 sums of a share of the columns.
 //
 // The launcher defines WARPGROUPS, SETS, ROWS_X (rows of X in a tile), FEATURES (rows of W that a program takes, of each half),
-// HALVES, SPLITS, STAGES, AHEAD, PDL, IS_E4M3, HALF_TYPE, IS_BFLOAT, OUT_TYPE and `multiply`, the tensor cores' instruction for
-// 64 rows of W in registers and all rows of X.
+// HALVES, SPLITS, STAGES, AHEAD, SUM_STRIDE (between rows of the sums that meet), PDL, IS_E4M3, HALF_TYPE, IS_BFLOAT, OUT_TYPE
+// and `multiply`, the tensor cores' instruction for 64 rows of W in registers and all rows of X.
 
 constexpr int COLUMNS = 128;  // of a tile
 constexpr int TILE_ROWS = HALVES * FEATURES;
 #include "ring.cuh"
 
-constexpr int OWN_BLOCKS = BLOCKS / SETS;                   // that a set has of a tile
-constexpr int STEPS = 2;                                    // of 16 columns, multiplied while the next are widened
-constexpr int PARTS = 4 / STEPS;                            // of a block
-constexpr int SUMS = ROWS_X / 2;                            // that a thread has of 64 rows of W
-constexpr int SUM_STRIDE = (TILE_ROWS + 15) / 16 * 16 + 4;  // between rows of sums: a warp's then lie in banks of their own
-constexpr int THREADS = WARPGROUPS * 128;                   // that multiply
+constexpr int OWN_BLOCKS = BLOCKS / SETS;  // that a set has of a tile
+constexpr int STEPS = 2;                   // of 16 columns, multiplied while the next are widened
+constexpr int PARTS = 4 / STEPS;           // of a block
+constexpr int SUMS = ROWS_X / 2;           // that a thread has of 64 rows of W
+constexpr int THREADS = WARPGROUPS * 128;  // that multiply
 static_assert(BLOCKS % SETS == 0 && PARTS == 2, "a set has whole blocks, whose parts take turns");
 static_assert(TILE_ROWS <= 64 * WARPGROUPS / SETS, "a warp has 16 rows");
 static_assert(SETS * ROWS_X * SUM_STRIDE * 4 <= STAGES * STAGE_BYTES, "sums have room in the ring");
@@ -86,7 +85,8 @@ __device__ void sum_tiles(const Ring& ring, int num_tiles, int set, int rows, fl
     const Widening widening(num_tiles);
     u32 pairs[2][STEPS][4] = {};
     const int row = rows + threadIdx.x % 32 / 4;
-    const u32 from = row * ROW_BYTES + ((set * OWN_BLOCKS * 4 ^ row % 8) << 4) + threadIdx.x % 4 * 2;  // units are swizzled by rows
+    // 16 columns are a unit, swizzled by rows.
+    const u32 from = row * ROW_BYTES + ((set * OWN_BLOCKS * 4 ^ row % 8) << 4) + threadIdx.x % 4 * 2;
     const u32 below = TILE_ROWS % 16 == 0 || row + 8 < TILE_ROWS ? 8 * ROW_BYTES : 0;
     keep_order(sums);
     for (int i = 0, stage = 0, parity = 0, before = 0; i < num_tiles; ++i) {
@@ -103,7 +103,7 @@ __device__ void sum_tiles(const Ring& ring, int num_tiles, int set, int rows, fl
             if (rows < TILE_ROWS) {
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) {
-                    const u32 upper = w ^ part * STEPS + k << 4;  // 16 columns are a unit
+                    const u32 upper = w ^ part * STEPS + k << 4;
                     widening.rows_at(own[k], upper, upper + below);
                 }
             }
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 64, 1)
         if (threadIdx.x == THREADS + 32) load_rows(ring, &x, first, last - first);
         return;
     }
-    for (int i = threadIdx.x; i < TILE_ROWS; i += THREADS) {  // which no kernel writes either; when they are needed, they are here
+    for (int i = threadIdx.x; i < TILE_ROWS; i += THREADS) {  // no kernel writes these either, and memory is far
         const int at = feature + i % FEATURES;
         scales[i] = at < n ? scale[i / FEATURES * n + at] * Widening::SCALE : 0.0f;
     }

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, SHARED_BYTES, launch, source_of, tensor_map
-from medusa.kernels.ring_product import ahead_of, rows_there
+from medusa.kernels.ring import ahead_of, check_result, check_rows, rows_there
 from medusa.kernels.tiles import BYTE_COLUMNS, RING_ROWS, ROW_UNIT, RingTiles, most_rows_of_bytes
 from medusa.quantization import LARGEST, QuantizedWeight
 
@@ -62,9 +62,13 @@ class BytesKernel:
         return self.tiles.stages * (self.tiles.rows_x * 2 + self.rows_w) * BYTE_COLUMNS
 
     @property
+    def sum_stride(self) -> int:
+        """Between rows of the sums that meet where the ring was: those of a warp then lie in banks of their own."""
+        return -(-self.rows_w // 16) * 16 + 4
+
+    @property
     def sum_bytes(self) -> int:
-        """Of the sums that meet where the ring was, with what keeps a warp's in banks of their own."""
-        return self.sets * self.tiles.rows_x * (-(-self.rows_w // 16) * 16 + 4) * 4
+        return self.sets * self.tiles.rows_x * self.sum_stride * 4
 
     @property
     def shared_bytes(self) -> int:
@@ -77,6 +81,7 @@ class BytesKernel:
         defined: dict[str, int | str] = {
             "WARPGROUPS": self.warpgroups, "SETS": self.sets, "ROWS_X": tiles.rows_x, "FEATURES": tiles.rows_w,
             "HALVES": self.halves, "SPLITS": tiles.splits, "STAGES": tiles.stages,
+            "SUM_STRIDE": self.sum_stride,
             "AHEAD": ahead_of(tiles.rows_x), "PDL": int(self.pdl),
             "IS_E4M3": int(self.stored == torch.float8_e4m3fn), "OUT_TYPE": "float" if tiles.splits > 1 else "u16",
         }  # fmt: skip
@@ -136,11 +141,7 @@ def _check(
     x: torch.Tensor, weight: QuantizedWeight, out: torch.Tensor, kernel: BytesKernel, bias: torch.Tensor | None
 ) -> None:
     tiles, values, scale = kernel.tiles, weight.values, weight.scale
-    if len(x) > tiles.rows_x or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
-        raise ValueError(
-            f"rows of X must be at most {tiles.rows_x}, apart, and start at multiples of 16 bytes; got {tuple(x.shape)}"
-            f" with stride {x.stride(0)}: multiply by `matmul`"
-        )
+    check_rows(x, tiles)
     most = most_rows_of_bytes(tiles.rows_x)
     if tiles.rows_x % ROW_UNIT or tiles.rows_x > RING_ROWS or tiles.rows_w % ROW_UNIT or kernel.rows_w > most:
         raise ValueError(
@@ -152,12 +153,7 @@ def _check(
             f"{tiles.stages} tiles of {tiles.rows_w} rows of W take {kernel.shared_bytes} bytes of shared memory; a"
             f" program has {SHARED_BYTES}, takes at least 2 tiles, and leaves {kernel.sum_bytes} bytes of sums there"
         )
-    shares, biased = out.shape[0] if out.dim() == 3 else 1, bias is not None
-    if shares != tiles.splits or (biased and (tiles.splits > 1 or kernel.halves > 1)):
-        raise ValueError(
-            f"{tiles.splits} splits write [S, M, N] without bias, a gated product none either; got out"
-            f" {tuple(out.shape)}, bias {biased}"
-        )
+    check_result(out, tiles, bias, gated=kernel.halves == 2)
     if not values.is_contiguous() or scale.dtype != torch.float32 or scale.shape != (len(values),):
         raise ValueError(
             "W must be contiguous, with one float32 scale a row; got strides"
@@ -166,7 +162,7 @@ def _check(
     if out.stride(-2) % 8 or out.data_ptr() % 16:
         raise ValueError(f"rows of out must start at multiples of 16 bytes; got stride {out.stride(-2)}")
     half = x.dtype if x.dtype in HALF_TYPES else torch.bfloat16
-    wanted = [half, torch.float32 if tiles.splits > 1 else half, *[half] * biased]
+    wanted = [half, torch.float32 if tiles.splits > 1 else half, *[half] * (bias is not None)]
     dtypes = [x.dtype, out.dtype, *([bias.dtype] if bias is not None else [])]
     if dtypes != wanted or values.dtype not in LARGEST:
         raise ValueError(f"X, out and bias must be {wanted}, W of one byte a value; got {dtypes} and {values.dtype}")

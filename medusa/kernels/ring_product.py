@@ -15,11 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from medusa.kernels.hopper import HALF_TYPES, ROW_COLUMNS, SHARED_BYTES, launch, source_of, tensor_map
+from medusa.kernels.ring import ahead_of, check_result, check_rows, rows_there
 from medusa.kernels.tiles import ROW_UNIT, RingTiles, multiplied_rows
-
-AHEAD = 2  # tiles of the matrix under way at a time until the kernel ahead has ended: more delay its reads
-AHEAD_OF_FEW = 3  # the same where that kernel reads no more than FEW_ROWS
-FEW_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -60,11 +57,6 @@ class ProductKernel:
         }  # fmt: skip
         multiply = _multiply(self.halves * tiles.rows_w, HALF_TYPES[self.dtype])
         return source_of(self.name, defined, self.dtype, multiply)
-
-
-def ahead_of(rows_x: int) -> int:
-    """Tiles of the matrix under way at a time until the kernel ahead has ended."""
-    return AHEAD_OF_FEW if rows_x <= FEW_ROWS else AHEAD
 
 
 def _multiply(rows_w: int, half: str) -> str:
@@ -110,22 +102,11 @@ def ring_product(
     return out
 
 
-def rows_there(x: torch.Tensor, wanted: int) -> int:
-    """How many rows can be read from x on, at most `wanted`: for others the hardware fills in zeros, which takes
-    longer. A row gives nothing to another's results."""
-    elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    return min(wanted, 1 + (elements - x.shape[1]) // x.stride(0))
-
-
 def _check(
     x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, kernel: ProductKernel, bias: torch.Tensor | None
 ) -> None:
     tiles = kernel.tiles
-    if len(x) > tiles.rows_x or x.stride(0) < x.shape[1] or x.stride(0) % 8 or x.data_ptr() % 16:
-        raise ValueError(
-            f"rows of X must be at most {tiles.rows_x}, apart, and start at multiples of 16 bytes; got {tuple(x.shape)}"
-            f" with stride {x.stride(0)}: multiply by `matmul`"
-        )
+    check_rows(x, tiles)
     rows_w, multiplied = kernel.halves * tiles.rows_w, 64 * kernel.warpgroups
     if tiles.rows_x % ROW_UNIT or rows_w % ROW_UNIT or not multiplied <= tiles.rows_x + rows_w:
         raise ValueError(
@@ -137,13 +118,8 @@ def _check(
             f"{tiles.stages} tiles of {rows_w} rows of W take {kernel.shared_bytes} bytes of shared memory; a program"
             f" has {SHARED_BYTES}, and takes at least 2 tiles"
         )
-    shares, biased = out.shape[0] if out.dim() == 3 else 1, bias is not None
-    if shares != tiles.splits or (biased and (tiles.splits > 1 or kernel.halves > 1)):
-        raise ValueError(
-            f"{tiles.splits} splits write [S, M, N] without bias, a gated product none either; got out"
-            f" {tuple(out.shape)}, bias {biased}"
-        )
-    wanted = [x.dtype, x.dtype, torch.float32 if tiles.splits > 1 else x.dtype, *[x.dtype] * biased]
+    check_result(out, tiles, bias, gated=kernel.halves == 2)
+    wanted = [x.dtype, x.dtype, torch.float32 if tiles.splits > 1 else x.dtype, *[x.dtype] * (bias is not None)]
     dtypes = [x.dtype, weight.dtype, out.dtype, *([bias.dtype] if bias is not None else [])]
     if x.dtype not in HALF_TYPES or dtypes != wanted:
         raise ValueError(f"X, W, out and bias must be {wanted}, of 16 bits a value; got {dtypes}")

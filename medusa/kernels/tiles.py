@@ -27,7 +27,9 @@ ROW_UNIT = 8  # rows, of the swizzled layout
 ROW_CLASSES = (8, 16, 32, 64, 96, RING_ROWS)  # rows of X in a tile: few, since a kernel is compiled for each
 RING_BYTES = 224 * 1024  # of shared memory, which leaves room for the barriers
 BYTE_COLUMNS = 128  # of a tile, where a value has one byte
-BYTE_SPLITS = 4  # so a program of a 7B model's narrow products has 128 rows of W, half of them with two
+BYTE_SPLITS = (
+    4  # a program of a 7B model's out and down then has 128 rows of W, eight warps' worth; with two half as many
+)
 SHORT_RING_BYTES = 168 * 1024  # faster up to 32 rows of X, where tiles of the matrix are nearly all of the ring
 EARLY_ROWS = 64  # up to which products by a ring start early: steps of 65 to 128 rows gained nothing by it, or lost
 

@@ -1,4 +1,5 @@
-"""Weights of one byte on their way to the tensor cores, as bfloat16, two at a time.
+"""Weights of one byte on their way to the tensor cores, as bfloat16, two at a time, in Triton's products; ring_bytes.cu
+has its own way, which leaves a factor to the scale.
 
 With the hardware's conversions of e4m3 a step took longer than its bytes (docs/performance.md). Here a value's bits are
 moved into place and one multiply-add makes it exact:
