@@ -3,29 +3,19 @@ the plain twin and against Triton's kernel."""
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from medusa.kernels import ring_attention as module
 from medusa.kernels.attention import attend
 from medusa.kernels.attention_plan import AttentionPlan, Rotation, Scratch, Visible
-from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
-from medusa.kernels.launch import has_warpgroups
+from medusa.kernels.hopper import SHARED_BYTES
 from medusa.kernels.ring_attention import AttentionKernel, ring_attention
+from tests.medusa.kernels.hopper import needs_compiler, on_hopper, products_and_waits
 from tests.medusa.kernels.interpreted.attention_batch import Batch
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="NVIDIA's bindings or compiler are missing")
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or not has_warpgroups(torch.device("cuda")), reason="needs a Hopper GPU"
-)
 LENGTHS = (0, 1, 63, 64, 65, 200, 441)
 
 
@@ -35,15 +25,8 @@ LENGTHS = (0, 1, 63, 64, 65, 200, 441)
 def test_it_compiles_without_spills_or_waits_between_products(group, splits, dtype, tmp_path):
     kernel = AttentionKernel(group, splits, 64, True, dtype)
     assert kernel.shared_bytes <= SHARED_BYTES
-    code = tmp_path / "code.cubin"
-    code.write_bytes(compiled(kernel))
-    usage, assembly = (
-        subprocess.run([CUOBJDUMP, how, code], capture_output=True, text=True, check=True).stdout
-        for how in ("-res-usage", "-sass")
-    )
-    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
-    products, waits = assembly.count(" HGMMA."), assembly.count("WARPGROUP.DEPBAR")
-    assert (products, waits) == (32, 4)  # for each tile, own or cached, eight with its keys and eight with its values
+    # For each tile, own or cached, eight with its keys and eight with its values.
+    assert products_and_waits(kernel, tmp_path) == (32, 4)
 
 
 @pytest.mark.parametrize("splits", [0, 9])

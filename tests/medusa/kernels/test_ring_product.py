@@ -4,21 +4,16 @@ what they compute, against torch and against Triton's products."""
 from __future__ import annotations
 
 import itertools
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-import triton
-
 from medusa.kernels import ring_product as module
 from medusa.kernels import tiles as tiles_module
-from medusa.kernels.hopper import SHARED_BYTES, compiled, has_compiler
-from medusa.kernels.launch import has_warpgroups
+from medusa.kernels.hopper import SHARED_BYTES
 from medusa.kernels.matmul import gated, matmul, product, rows_for_product
 from medusa.kernels.norm import add_norm, add_norm_reference
 from medusa.kernels.ring_product import ProductKernel, ring_product
@@ -37,12 +32,7 @@ from medusa.kernels.tiles import (
     starts_early,
 )
 from tests.medusa.kernels.aot import MODELS
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-needs_compiler = pytest.mark.skipif(not has_compiler(), reason="NVIDIA's bindings or compiler are missing")
-on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or not has_warpgroups(torch.device("cuda")), reason="needs a Hopper GPU"
-)
+from tests.medusa.kernels.hopper import half, launch_of, needs_compiler, on_hopper, products_and_waits, recorded
 
 
 def kernels(rows=(1, 16, 64, RING_ROWS)) -> set[ProductKernel]:
@@ -150,22 +140,7 @@ def test_a_cpu_has_no_ring():
 @pytest.fixture
 def hopper(monkeypatch):
     """Plans as on Hopper, with what the driver would be asked to launch."""
-    launched = []
-    monkeypatch.setattr(tiles_module, "has_warpgroups", lambda _: True)
-    monkeypatch.setattr(tiles_module, "has_compiler", lambda: True)
-    monkeypatch.setattr(tiles_module, "_processors", lambda _: 132)
-    monkeypatch.setattr(module, "tensor_map", lambda *described: described)
-    monkeypatch.setattr(module, "launch", lambda *launch: launched.append(launch))
-    return launched
-
-
-def half(*shape):
-    return torch.zeros(*shape, dtype=torch.bfloat16)
-
-
-def launch_of(hopper):
-    (kernel, _, grid, (weight_map, x_map, *rest)) = hopper.pop()
-    return kernel, grid, weight_map[1:], x_map[1:], [argument.value for argument in rest]
+    return recorded(module, monkeypatch)
 
 
 def test_products_of_many_rows_are_launched_as_rings(hopper):
@@ -267,14 +242,7 @@ def test_every_plan_compiles_for_hopper_fits_and_does_not_spill(cache):
     for kernel in found | halves:
         assert kernel.shared_bytes <= SHARED_BYTES, kernel
         assert kernel.shared_bytes > SHARED_BYTES // 2, kernel  # one program a multiprocessor
-        code = cache / "product.cubin"
-        code.write_bytes(compiled(kernel))
-        usage, assembly = (
-            subprocess.run([CUOBJDUMP, how, code], capture_output=True, text=True, check=True).stdout
-            for how in ("-res-usage", "-sass")
-        )
-        assert "STACK:0 " in usage and "LOCAL:0 " in usage, (kernel, usage)
-        products, waits = assembly.count(" HGMMA."), assembly.count("WARPGROUP.DEPBAR")
+        products, waits = products_and_waits(kernel, cache)
         assert products >= 4 and waits <= products // 2, (kernel, products, waits)  # not one after the other
 
 
